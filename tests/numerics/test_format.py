@@ -1,0 +1,213 @@
+"""Format and QTensor: reference vectors bit for bit, edge cases with their documented outcome, properties."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from lowprec.numerics import ELEMENTS, FORMATS, Format, QTensor, Stream, fixed_signs, rotate, sqnr_db
+
+GOLDEN = load_file(Path(__file__).parent.parent / "golden" / "formats.safetensors")
+CASES = [key.removesuffix(".x") for key in GOLDEN if key.endswith(".x")]
+COMPARED = [f"{case}.{name}" for case in CASES for name in FORMATS if f"{case}.{name}.codes" in GOLDEN]
+
+
+def positive_zero(codes, bits):
+    """Codes modulo the sign of zero."""
+    return torch.where(codes == 2 ** (bits - 1), 0, codes)
+
+
+@pytest.mark.parametrize("case", COMPARED)
+def test_codes_and_scales_equal_the_reference(case):
+    """Bit for bit, over ten kinds of data, two shapes (one ragged) and two dtypes."""
+    stem, name = case.rsplit(".", 1)
+    q = FORMATS[name].quantize(GOLDEN[f"{stem}.x"])
+    bits = ELEMENTS[q.format.element].bits
+    expected = QTensor.unpack(GOLDEN[f"{case}.codes"], q.format)
+    assert torch.equal(positive_zero(q.codes, bits), positive_zero(expected, bits))
+    scales = q.scales if q.scales.dtype == torch.float32 else q.scales.view(torch.uint8)
+    reference = GOLDEN[f"{case}.scales"]
+    if name == "nvfp4_2d":  # the reference repeats a square block's scale on its rows
+        scales = scales.repeat_interleave(16, 0)[: reference.shape[0]]
+    assert torch.equal(scales.reshape(-1), reference.reshape(-1))
+
+
+def test_the_reference_covers_every_kind_and_format():
+    assert len(COMPARED) >= 100
+    assert {case.split(".")[0] for case in CASES} >= {"normal", "heavy", "zeros", "tiny", "subnormal", "huge", "ties"}
+    assert {case.rsplit(".", 1)[1] for case in COMPARED} >= {"nvfp4", "nvfp4_2d", "mxfp8", "fp8_tensor", "fp8_1x128"}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if f"{c}.rht_xt" in GOLDEN and not c.startswith("subnormal")])
+def test_rotation_equals_the_reference(case):
+    """bf16 inputs; the reference's matmul flushes bf16 subnormals, so those are left out."""
+    x = GOLDEN[f"{case}.x"].T
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % 16))
+    assert torch.equal(rotate(x, 16, fixed_signs(16)), GOLDEN[f"{case}.rht_xt"])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_zeros_stay_zero(name):
+    x = torch.zeros(32, 256)
+    assert torch.equal(FORMATS[name].quantize(x).dequantize(), x)
+    x[0, 0] = 1.0  # other blocks are all zero
+    assert torch.equal(FORMATS[name].quantize(x).dequantize(), x)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", FORMATS)
+def test_nan_and_inf_are_loud(name, bad):
+    """Everything under the poisoned scale is NaN; without a tensor scale the rest is untouched."""
+    format = FORMATS[name]
+    clean = Stream().noise("x", (256, 256)) - 0.5
+    x = clean.clone()
+    x[3, 5] = bad
+    out = format.quantize(x).dequantize()
+    assert out[3, 5].isnan()
+    free, contracted = (0, 0) if format.tensor_scale else format.block
+    poisoned = torch.zeros(256, 256, dtype=torch.bool)
+    poisoned[: free or 256, : contracted or 256] = True
+    if free == 1:
+        poisoned = torch.zeros(256, 256, dtype=torch.bool)
+        poisoned[3, : contracted or 256] = True
+    assert torch.equal(out.isnan(), poisoned)
+    if not format.tensor_scale:
+        assert torch.equal(out[~poisoned], format.quantize(clean).dequantize()[~poisoned])
+
+
+@pytest.mark.parametrize("scale", [3e38, 1e-30, 1e-35])
+@pytest.mark.parametrize("name", FORMATS)
+def test_huge_and_small_tensors_keep_their_precision(name, scale):
+    """The same data at another magnitude loses nothing but where it falls between powers of two (below 2.5 dB)."""
+    format = FORMATS[name]
+    x = Stream().noise("x", (64, 256)) - 0.5
+    reference = sqnr_db(x, format.quantize(x).dequantize())
+    if name.startswith("nvfp4") and scale == 1e-35:
+        scale = 1e-34  # its tensor scale divides by 2688
+    out = format.quantize(x * 2 * scale).dequantize()
+    assert out.isfinite().all()
+    assert sqnr_db(x, out.double() / (2 * scale)) > reference - 2.5
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_precision_fades_to_zero_below_the_range_of_the_scales(name):
+    """Down to fp32's smallest subnormal: finite, never NaN, never far above the input's maximum."""
+    for magnitude in (1e-36, 1e-38, 1e-39, 1e-44):
+        x = (Stream().noise("x", (32, 256)) - 0.5) * magnitude
+        out = FORMATS[name].quantize(x).dequantize()
+        assert out.isfinite().all() and out.abs().max() <= 1.5 * x.abs().max() + 1e-44
+
+
+def test_subnormals_of_mxfp8_keep_their_relative_precision():
+    """E8M0 reaches 2^-127, so fp32-subnormal blocks still have three mantissa bits: half a step is |x| / 16."""
+    x = (Stream().noise("x", (4, 64)) - 0.5) * 1e-39
+    out = FORMATS["mxfp8"].quantize(x).dequantize()
+    assert ((out - x).abs() <= x.abs() / 16 + 2.0**-137).all()
+
+
+EXPECTED_DB = {
+    "nvfp4": 20.4,
+    "nvfp4_2d": 19.1,
+    "mxfp4": 18.7,
+    "mxfp8": 31.5,
+    "fp8_tensor": 31.6,
+    "fp8_1x128": 31.6,
+    "int8_row": 40.0,
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED_DB)
+def test_precision_on_gaussian_data(name):
+    """SQNR of N(0, 1) data, within 0.4 dB of what independent implementations of each format give."""
+    x = torch.randn(512, 2048, generator=torch.Generator().manual_seed(0))
+    assert sqnr_db(x, FORMATS[name].quantize(x).dequantize()) == pytest.approx(
+        EXPECTED_DB[name], abs=0.4 if name != "int8_row" else 3
+    )
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_2d", "mxfp4", "mxfp8", "fp8_tensor", "fp8_1x128"])
+def test_stochastic_rounding_is_unbiased(name):
+    """Means of 512 draws against their exact variance (hi - x)(x - lo): each within 5.5 sigma, their sum within 4."""
+    format, n = FORMATS[name], 512
+    x = torch.randn(16, 128, generator=torch.Generator().manual_seed(1))
+    low, high = sorted_neighbours(format, x)
+    draws = torch.stack(
+        [format.quantize(x, Stream(step=i).noise("x", (16, 128))).dequantize() for i in range(n)]
+    ).double()
+    assert ((draws == low) | (draws == high)).all()
+    inside = (low < x) & (
+        x < high
+    )  # a block's scale may round down and clip its maximum: no rounding of elements undoes that
+    variance = ((high - x) * (x - low)).clamp(min=0)
+    noise_step = (high - low) / 131072
+    deviation = draws.mean(0) - x
+    normal = inside & (variance * n > 10 * (high - low) ** 2)  # enough ups and downs for the normal approximation
+    assert normal.sum() > 1000
+    assert (deviation.abs() <= 5.5 * (variance / n).sqrt() + noise_step)[normal].all()
+    assert deviation[inside].sum().abs() <= 4 * (variance[inside].sum() / n).sqrt() + noise_step[inside].sum()
+
+
+def sorted_neighbours(format, x):
+    """The two values each element may become: rounding with noise just below 1 and just above 0."""
+    ends = [format.quantize(x, torch.full_like(x, u)).dequantize().double() for u in (1 - 2.0**-20, 2.0**-30)]
+    return torch.minimum(*ends), torch.maximum(*ends)
+
+
+def test_packing_layout_and_bytes():
+    """Low nibble = even column; 4.5 bits a value and four bytes for NVFP4."""
+    x = torch.tensor([[0.5, -6.0] + [0.0] * 14])
+    q = Format("plain", "e2m1", (1, 16), "e8m0").quantize(x)
+    assert q.pack()[0, 0] == (1 | 15 << 4)
+    q = FORMATS["nvfp4"].quantize(torch.randn(64, 128))
+    assert torch.equal(QTensor.unpack(q.pack(), q.format), q.codes)
+    assert q.nbytes() == 64 * 128 // 2 + 64 * 8 + 4
+    assert FORMATS["mxfp8"].quantize(torch.randn(64, 128)).nbytes() == 64 * 128 + 64 * 4
+    with pytest.raises(ValueError, match="even number of columns"):
+        FORMATS["nvfp4"].quantize(torch.randn(2, 3)).pack()
+
+
+def test_square_blocks_survive_the_transpose():
+    x = torch.randn(48, 80)
+    q, qt = FORMATS["nvfp4_2d"].quantize(x), FORMATS["nvfp4_2d"].quantize(x.T)
+    assert torch.equal(q.codes.T, qt.codes) and torch.equal(q.scales.float().T, qt.scales.float())
+
+
+@given(
+    st.sampled_from(list(FORMATS)),
+    st.integers(1, 40),
+    st.integers(1, 140),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.floats(-30, 30),
+    st.booleans(),
+)
+def test_any_shape_dtype_and_magnitude(name, rows, k, dtype, exponent, stochastic):
+    """Shapes agree, results are finite, errors are below one element step under the block's scale, signs are kept."""
+    format = FORMATS[name]
+    if dtype == torch.float16:
+        exponent = max(min(exponent, 3), -6)
+    x = ((Stream().noise("x", (rows, k)) - 0.5) * 10.0**exponent).to(dtype)
+    q = format.quantize(x, Stream().noise("r", (rows, k)) if stochastic else None)
+    out = q.dequantize()
+    assert out.shape == x.shape and q.codes.dtype == torch.uint8 and out.isfinite().all()
+    element = ELEMENTS[format.element]
+    gap = max(b - a for a, b in zip(element.values, element.values[1:]))
+    contracted = format.block[1] or k
+    scale = q.row_scales().repeat_interleave(contracted, 1)[:, :k] * (1.0 if q.tensor_scale is None else q.tensor_scale)
+    # E4M3 scales round down by up to 1/16 and may vanish: the clipped part is below that share of the tensor's maximum.
+    clip = x.float().abs() * 0.0667 + x.float().abs().max() * 2.0**-18 if format.tensor_scale else 0.0
+    assert ((out - x.float()).abs() <= gap * scale * 1.0001 + clip).all()
+    assert (out * x.float() >= 0).all()
+
+
+def test_bad_input_gets_a_sentence():
+    with pytest.raises(ValueError, match="expected a floating matrix"):
+        FORMATS["nvfp4"].quantize(torch.ones(2, 2, 2))
+    with pytest.raises(ValueError, match="noise has shape"):
+        FORMATS["nvfp4"].quantize(torch.ones(2, 16), torch.ones(16))
+    with pytest.raises(ValueError, match="unknown element 'e2m2'"):
+        Format("mine", "e2m2", (1, 16))
+    with pytest.raises(ValueError, match="belong together"):
+        Format("mine", "e2m1", (1, 16), "e4m3")
