@@ -148,9 +148,9 @@ def _reused(role: str, name: str, fprop: Gemm, inner: Rotation | None, where: st
     free, contracted = source.format.block
     if free != contracted or source.rounding != "nearest" or fprop.inner is not None or inner is not None:
         raise ValueError(
-            f"{where}: the forward codes of {name} cannot be reused, because {role} contracts the other axis: only "
-            f"square blocks, rounded to nearest and unrotated, survive the transpose (it has {free}x{contracted} blocks, "
-            f"{source.rounding} rounding); quantise it anew with {{format: {source.format.name}}}"
+            f"{where}: the forward codes of {name} cannot be reused: {role} contracts the other axis, and only square "
+            f"blocks, rounded to nearest and unrotated, survive that (these are {free}x{contracted}, {source.rounding} "
+            f"rounding); quantise it anew with {{format: {source.format.name}}}"
         )
     return dataclasses.replace(source, reuse=True)
 

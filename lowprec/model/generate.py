@@ -1,0 +1,58 @@
+"""Sample text from a model: temperature and top-k, one token at a time, deterministic by seed.
+
+    p = softmax(logits / temperature) over the k most likely tokens
+
+Each step runs the whole sequence again (no cache of keys and values): made for looking at a run, not for serving. It
+touches neither the model's mode nor its precision: wrap the call in `plan.high_precision()` to sample in bf16.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .transformer import Transformer
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    stop_token: int | None = None,
+) -> list[int]:
+    """The new tokens that follow `prompt` (at least one token), at most max_new_tokens of them.
+
+    temperature 0 takes the most likely token. top_k None = the whole vocabulary. stop_token ends the text and is not
+    returned. The model sees at most its last max_seq_len tokens. Sampling is fp32 on the CPU with a generator of its
+    own, so the ranks of a sharded model, which must all call this, draw the same tokens and stay in step. Raises
+    ValueError for an empty prompt, a negative temperature or a top_k below 1.
+    """
+    if not prompt:
+        raise ValueError("generate needs a prompt of at least one token: begin with the tokenizer's end-of-text token.")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}: it must be 0 (most likely token) or positive.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}: it must be at least 1, or None for the whole vocabulary.")
+    device, limit = model.embed.weight.device, model.config.max_seq_len
+    generator = torch.Generator("cpu").manual_seed(seed)
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        logits_V = model(torch.tensor([tokens[-limit:]], device=device))[0, -1].float().cpu()
+        token = _sample(logits_V, temperature, top_k, generator)
+        if token == stop_token:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+def _sample(logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    values, indices = logits_V.topk(min(top_k or len(logits_V), len(logits_V)))
+    choice = torch.multinomial((values / temperature).softmax(dim=-1), 1, generator=generator)
+    return int(indices[choice])

@@ -1,0 +1,127 @@
+"""The decoder: embedding, `layers` pre-norm blocks, final norm, head (Llama, arXiv:2302.13971).
+
+    x = embed(tokens)      x = x + attn(attn_norm(x))      x = x + mlp(mlp_norm(x))      logits = lm_head(norm(x))
+
+Parameters are fp32 (they are the optimizer's master weights); activations flow in `dtype`, which the embedding's
+output sets. Every matrix product with a weight is a plain `nn.Linear` without bias: the model knows nothing of
+precision, and a plan gives each linear its recipe (and the cast of its weight) afterwards. Without a plan the model
+runs in fp32 only.
+
+Build it on the meta device, lay the plan and the sharding over it, then give it memory and values:
+
+    with torch.device("meta"):
+        model = build(config)
+    model.to_empty(device="cpu")
+    model.init_weights(seed=0)
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .attention import Attention, Context
+from .config import ModelConfig
+from .mlp import MLP
+from .norm import RMSNorm
+
+# what torch.compile and activation recomputation put into the names of parameters
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+class Block(nn.Module):
+    """One pre-norm layer: x_BTC -> x_BTC."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        x_BTC = x_BTC + self.attn(self.attn_norm(x_BTC), context)
+        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+
+
+class Transformer(nn.Module):
+    """Llama-style decoder; see the module's docstring for its parts and how it is built."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.embed = nn.Embedding(config.vocab_size, config.dim, dtype=torch.float32)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False, dtype=torch.float32)
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> "Transformer":
+        """As nn.Module.to_empty, but a tied head stays tied (torch gives the two modules separate memory)."""
+        super().to_empty(device=device, recurse=recurse)
+        self._tie()
+        return self
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw every parameter from its own generator, keyed by (seed, name).
+
+        Matrices are normal(0, init_std), the residual outputs o_proj and down_proj divided by sqrt(2 layers) if the
+        config says so, and norms are 1. The full tensor is drawn on the CPU and each rank keeps its shard, so the
+        weights do not depend on the order, the device, or the number of ranks.
+        """
+        for name, parameter in self.named_parameters():
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            std = self.config.init_std
+            if self.config.init_scale_residual and name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= (2 * self.config.layers) ** 0.5
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
+            full = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            full.normal_(0.0, std, generator=generator)
+            if isinstance(parameter, DTensor):
+                full = full.to(parameter.device)
+                shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.to_local().copy_(shard.to_local())
+            else:
+                parameter.copy_(full)
+
+    def forward(self, tokens_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
+        """Next-token logits.
+
+        tokens_BT: int64 in [0, vocab_size). document_ids_BT: int64 or None; where it changes along a row a new
+        document begins, attention does not look back across it and positions restart. Returns logits_BTV in the
+        compute dtype. Raises ValueError if T exceeds max_seq_len.
+        """
+        if tokens_BT.shape[1] > self.config.max_seq_len:
+            raise ValueError(
+                f"The sequence has {tokens_BT.shape[1]} tokens but model.max_seq_len is {self.config.max_seq_len}: "
+                "shorten data.seq_len or raise model.max_seq_len."
+            )
+        context = Context.of(self.config, tokens_BT, document_ids_BT, self.dtype)
+        x_BTC = self.embed(tokens_BT).to(self.dtype)
+        for layer in self.layers:
+            x_BTC = layer(x_BTC, context)
+        return self.lm_head(self.norm(x_BTC))
+
+
+def build(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Transformer:
+    """The model of `config` on torch's current device (use the meta device), with fp32 parameters not yet initialised.
+
+    dtype is that of the activations. Raises ValueError for a hybrid pattern.
+    """
+    if config.pattern is not None:
+        raise ValueError(
+            "model.pattern describes a hybrid, and Mamba-2 blocks are not implemented yet: its parameters and FLOPs "
+            "can be counted, but to train choose a Transformer (model.pattern: null) such as model=transformer_1b2."
+        )
+    return Transformer(config, dtype)
