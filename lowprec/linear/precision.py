@@ -18,8 +18,9 @@ A file names formats, linear recipes, the rules that give each layer one, and wh
     backend: auto                                  # auto | cpu | torch | oracle
     pad: zero                                      # sizes that no block divides: zero | refuse
 
-``bf16`` names the unquantised recipe, product or operand. Every misspelt key, name or value is one sentence that
-lists what is valid.
+``bf16`` names the unquantised recipe, product or operand. ``default`` names the first recipe under ``linear:``
+(``bf16`` if there is none), so that a run's rules need not know which precision file they meet. Every misspelt key,
+name or value is one sentence that lists what is valid.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any
 import yaml
 
 from lowprec.linear.backends import CHOICES
-from lowprec.linear.recipe import BF16, GEMM_OPERANDS, Gemm, LinearRecipe, Operand, Rotation
+from lowprec.linear.recipe import BF16, GEMM_OPERANDS, ROUNDINGS, SIGNS, Gemm, LinearRecipe, Operand, Rotation
 from lowprec.numerics import FORMATS, Format
 
 RECIPES_FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "precision"
@@ -131,9 +132,7 @@ def _operand(node: object, formats: Mapping[str, Format], where: str) -> tuple[O
     name = pick("format", fields.get("format"), ["bf16", *formats], where)
     if name == "bf16":
         return Operand(), None
-    return Operand(
-        formats[name], pick("rounding", fields.get("rounding", "nearest"), ("nearest", "stochastic"), where)
-    ), None
+    return Operand(formats[name], pick("rounding", fields.get("rounding", "nearest"), ROUNDINGS, where)), None
 
 
 def _reused(role: str, name: str, fprop: Gemm, inner: Rotation | None, where: str) -> Operand:
@@ -164,7 +163,7 @@ def _gemm(role: str, node: object, formats: Mapping[str, Format], fprop: Gemm | 
     if fields.get("inner") is not None:
         turn = _mapping(fields["inner"], ("size", "signs"), f"{where}.inner", ("size",))
         if "signs" in turn:
-            pick("signs", turn["signs"], ("none", "fixed", "step"), f"{where}.inner")
+            pick("signs", turn["signs"], SIGNS, f"{where}.inner")
         inner = Rotation(**turn)
     operands = []
     for name in names:
@@ -201,12 +200,18 @@ def _changes(index: int, node: object, linear: Mapping[str, LinearRecipe]) -> li
         raise ValueError(f"{where}.set: expected a mapping such as {{nvfp4.fprop: bf16}}, got {fields['set']!r}")
     for target, replacement in fields["set"].items():
         recipe, _, gemm = str(target).partition(".")
-        pick("recipe", recipe, [name for name in linear if name != "bf16"], f"{where}.set")
+        recipe = pick("recipe", recipe, ["default", *(name for name in linear if name != "bf16")], f"{where}.set")
+        recipe = _default(linear) if recipe == "default" else recipe
         if gemm:
             pick("product", gemm, GEMM_OPERANDS, f"{where}.set.{target}")
         chosen = linear[pick("recipe", replacement, linear, f"{where}.set.{target}")]
         changes.append(Change(float(start), recipe, gemm or None, chosen))
     return changes
+
+
+def _default(linear: Mapping[str, LinearRecipe]) -> str:
+    """The first recipe of a file, or bf16: what rules call ``default``."""
+    return next((name for name in linear if name != "bf16"), "bf16")
 
 
 def load_precision(source: str | Path | Mapping[str, Any]) -> Precision:
@@ -231,7 +236,8 @@ def load_precision(source: str | Path | Mapping[str, Any]) -> Precision:
     rules = []
     for index, rule in enumerate(fields["rules"] or []):
         spec = _mapping(rule, ("match", "recipe"), f"rules[{index}]", ("match", "recipe"))
-        rules.append(Rule(str(spec["match"]), pick("recipe", spec["recipe"], linear, f"rules[{index}]")))
+        recipe = pick("recipe", spec["recipe"], ["default", *linear], f"rules[{index}]")
+        rules.append(Rule(str(spec["match"]), _default(linear) if recipe == "default" else recipe))
     schedule = [c for i, entry in enumerate(fields.get("schedule") or []) for c in _changes(i, entry, linear)]
     return Precision(
         linear,

@@ -61,6 +61,17 @@ def test_the_schedule_changes_products_and_recipes():
     assert last.fprop == precision.linear["fp8"].fprop and not last.dgrad.quantized and last.name == "nvfp4"
 
 
+@pytest.mark.parametrize("name, expected", [("nvfp4", "nvfp4"), ("fp8_tensorwise", "fp8_tensorwise"), ("bf16", "bf16")])
+def test_default_is_the_files_own_recipe(name, expected):
+    """A run's rules may say `default` and meet any precision file."""
+    node = yaml.safe_load((RECIPES_FOLDER / f"{name}.yaml").read_text())
+    node["rules"] = [{"match": "*", "recipe": "default"}]
+    node["schedule"] = [{"from": 0.5, "set": {"default.fprop": "bf16"}}]
+    precision = load_precision(node)
+    assert precision.rules[0].recipe == expected
+    assert not precision.at(0.5)[expected].fprop.quantized
+
+
 def test_reuse_needs_codes_that_survive_the_transpose():
     row = {"linear": {"a": {"fprop": {"x": "nvfp4", "w": "nvfp4"}, "dgrad": {"dy": "nvfp4", "w": {"reuse": "fprop"}}}},
            "rules": [{"match": "*", "recipe": "a"}]}  # fmt: skip
