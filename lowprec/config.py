@@ -1,0 +1,171 @@
+"""Run: everything that defines a training run, as one tree of dataclasses.
+
+Each package owns the dataclass of its part (`ModelConfig`, `DataConfig`, ...). `TrainConfig` and `MonitorConfig` live
+here and not in `train/`, because `train` imports this module and imports go one way only. The tree is also the schema
+that Hydra checks YAML and command lines against: a key that is not a field, or a value of another type, does not
+compose.
+
+`precision` alone is a free mapping: its own strict reader is `lowprec.linear.load_precision`.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lowprec.data import DataConfig
+from lowprec.model import ModelConfig
+from lowprec.optim import OptimConfig, ScheduleConfig
+from lowprec.parallel import ParallelConfig
+
+
+class ComputeDtype(Enum):
+    """The dtype of activations and of the weights' compute copies. Masters and gradient sums are always fp32."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class WandbMode(Enum):
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class TrainConfig:
+    """The loop. Batches are counted in sequences of `data.seq_len` tokens; a count of 0 switches a habit off."""
+
+    steps: int = 1000
+    global_batch: int = 16  # sequences per optimizer step, over all ranks
+    micro_batch: int = (
+        8  # sequences per forward pass; per-tensor scales are per micro-batch, so it is part of the result
+    )
+    dtype: ComputeDtype = ComputeDtype.bf16
+    clip_norm: float = 1.0  # largest L2 norm of the gradient; 0 = no clipping
+    z_loss: float = 0.0  # weight of log(Z)^2
+    log_every: int = 1  # steps
+    eval_every: int = 0  # steps; 0 = at the end only
+    eval_high_precision: bool = True  # validate a second time with every layer unquantised
+    checkpoint_every: int = 0  # steps; the end of the run is always saved
+    checkpoint_async: bool = False  # write in the background while training goes on
+    keep_last: int = 2  # newest checkpoints to keep
+    keep_every: int = 0  # checkpoints at multiples of this many steps are kept for ever
+    time_limit_s: float = 0.0  # after this long: finish the step, save, exit with the requeue code
+    sample_prompt: str = ""  # printed with its continuation at the end
+    sample_tokens: int = 0
+
+
+@dataclass
+class MonitorConfig:
+    wandb: WandbMode = WandbMode.disabled
+    project: str = "lowprec"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RunFolder:
+    dir: str = "runs/${name}"
+    allow_change: bool = False  # resume although settings that decide the result have changed since
+
+
+@dataclass
+class Run:
+    name: str = "run"
+    seed: int = 0
+    run: RunFolder = field(default_factory=RunFolder)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    precision: dict[str, Any] = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+
+def load(config: DictConfig) -> Run:
+    """The composed configuration as plain dataclasses. Raises ValueError where two settings contradict each other."""
+    run = OmegaConf.to_object(config)
+    assert isinstance(run, Run), "compose with the schema `Run` as the first entry of the defaults list"
+    t = run.train
+    positive = {"train.steps": t.steps, "train.global_batch": t.global_batch, "train.micro_batch": t.micro_batch,
+                "train.log_every": t.log_every, "train.keep_last": t.keep_last}  # fmt: skip
+    for key, value in positive.items():
+        if value < 1:
+            raise ValueError(f"{key}={value} must be at least 1")
+    natural = {"train.eval_every": t.eval_every, "train.checkpoint_every": t.checkpoint_every,
+               "train.keep_every": t.keep_every, "train.clip_norm": t.clip_norm, "train.z_loss": t.z_loss,
+               "train.time_limit_s": t.time_limit_s, "train.sample_tokens": t.sample_tokens}  # fmt: skip
+    for key, number in natural.items():
+        if number < 0:
+            raise ValueError(f"{key}={number} must not be negative (0 switches it off)")
+    if t.global_batch % t.micro_batch:
+        raise ValueError(f"train.global_batch={t.global_batch} is not a multiple of train.micro_batch={t.micro_batch}")
+    if run.data.seq_len > run.model.max_seq_len:
+        raise ValueError(f"data.seq_len={run.data.seq_len} is longer than model.max_seq_len={run.model.max_seq_len}")
+    return run
+
+
+def check_world(run: Run, size: int) -> None:
+    """Raises ValueError if the micro-batches of a step cannot be dealt out evenly to `size` ranks."""
+    micros = run.train.global_batch // run.train.micro_batch
+    if micros % size:
+        raise ValueError(
+            f"a step has {micros} micro-batches (train.global_batch={run.train.global_batch} / "
+            f"train.micro_batch={run.train.micro_batch}), which {size} ranks cannot share evenly: "
+            f"make it a multiple of {size}, e.g. train.global_batch={run.train.micro_batch * size * -(-micros // size)}"
+        )
+
+
+# Settings that may differ when a run is continued: they change neither what is computed nor in which order.
+_HARMLESS = ("name", "run", "parallel", "monitor", "train.log_every", "train.eval_every", "train.eval_high_precision",
+             "train.checkpoint_every", "train.checkpoint_async", "train.keep_last", "train.keep_every",
+             "train.time_limit_s", "train.sample_prompt", "train.sample_tokens")  # fmt: skip
+
+
+def changes(before: Run, now: Run) -> dict[str, tuple[Any, Any]]:
+    """Settings that decide a run's result and differ: {"optim.lr": (old, new), ...}. Empty = may be resumed."""
+    old, new = _leaves(before), _leaves(now)
+    differing = {
+        key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    }
+    return {k: v for k, v in differing.items() if not any(k == h or k.startswith(h + ".") for h in _HARMLESS)}
+
+
+def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    if is_dataclass(node):
+        node = {f.name: getattr(node, f.name) for f in fields(node)}
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {
+        k: v
+        for key, child in node.items()
+        for k, v in _leaves(child, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def to_yaml(run: Run) -> str:
+    """`run` as YAML that `from_yaml` reads back; what is saved as config.yaml."""
+    return OmegaConf.to_yaml(OmegaConf.structured(run))
+
+
+def from_yaml(text: str) -> Run:
+    """Inverse of `to_yaml`. Raises ValueError if the text has keys or values that this version does not know."""
+    try:
+        run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.create(text)))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"the saved config.yaml is not one of this version: {str(error).splitlines()[0]}") from error
+    assert isinstance(run, Run)
+    return run
+
+
+def to_dict(run: Run) -> dict[str, Any]:
+    """`run` as nested dicts of plain values (enums by name)."""
+    plain = OmegaConf.to_container(OmegaConf.structured(run), enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

@@ -1,0 +1,53 @@
+"""Validation loss: fixed batches, the same on every rank count, with the recipe on and with it off.
+
+The gap between the two tells what quantisation costs at evaluation from what training in it cost the weights.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+
+from lowprec.data import IGNORED
+from lowprec.model import cross_entropy
+from lowprec.train.metrics import Record
+from lowprec.train.session import Session
+from lowprec.train.signals import Stop
+
+
+def validation_losses(session: Session, stop: Stop) -> Record:
+    """`val_loss` and, if wished, `val_loss_high_precision` for a record; {} without data or when told to stop."""
+    losses = {}
+    if session.data.validation:
+        losses["val_loss"] = validation_loss(session, stop, high_precision=False)
+        if session.run.train.eval_high_precision:
+            losses["val_loss_high_precision"] = validation_loss(session, stop, high_precision=True)
+    return {} if None in losses.values() else losses
+
+
+@torch.no_grad()
+def validation_loss(session: Session, stop: Stop, high_precision: bool) -> float | None:
+    """Mean cross-entropy per target (nats) over the validation batches, or None if a stop is asked for; a collective.
+
+    Ranks take the batches in turn. Sums are gathered per batch and added in batch order, so the number of ranks does
+    not change the result.
+    """
+    model, plan, world, batches = session.state.model, session.plan, session.world, session.data.validation
+    sums_N2 = torch.zeros(len(batches), 2, dtype=torch.float64, device=world.device)  # (loss sum, targets) per batch
+    with plan.high_precision() if high_precision else nullcontext():
+        for first in range(0, len(batches), world.size):
+            if stop.poll(world):
+                return None
+            mine = first + world.rank
+            batch = batches[min(mine, len(batches) - 1)]  # a rank without a batch still takes part in the gathers
+            plan.clock.micro = mine
+            targets_BT = batch.targets.to(world.device)
+            ids_BT = None if batch.document_ids is None else batch.document_ids.to(world.device)
+            logits_BTV = model(batch.tokens.to(world.device), ids_BT)
+            loss_sum, _ = cross_entropy(logits_BTV, targets_BT)
+            if mine < len(batches):
+                sums_N2[mine] = torch.stack([loss_sum.double(), (targets_BT != IGNORED).sum().double()])
+    if world.size > 1:
+        dist.all_reduce(sums_N2)
+    loss_sum, num_targets = sums_N2.sum(0).tolist()
+    return loss_sum / max(num_targets, 1)

@@ -1,0 +1,199 @@
+"""The loop. Reads top to bottom.
+
+    [ data · forward/backward · clip · update · evaluate · record · save ]* -> sample
+
+Steps are counted twice: `state.step` is the number of steps done; the step being done has the index `state.step`,
+which is what keys its learning rate, its place in the precision schedule and its random bits. The record of a step
+bears the number of steps done after it: 1 .. train.steps.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from lowprec.config import to_dict
+from lowprec.data import Step
+from lowprec.model import cross_entropy, generate
+from lowprec.optim import learning_rate
+from lowprec.parallel import accumulate
+from lowprec.train.evaluate import validation_losses
+from lowprec.train.guard import Diverged, Guard
+from lowprec.train.metrics import MetricsLog, Record, peak_memory_bytes
+from lowprec.train.session import Session
+from lowprec.train.signals import DIVERGED, REQUEUE, Stop
+from lowprec.train.tracker import Tracker
+
+
+def train(session: Session, stop: Stop) -> int:
+    """Trains until `train.steps`, a stop or a divergence; returns the exit code (0, REQUEUE, DIVERGED)."""
+    run, t, state, folder, out = session.run, session.run.train, session.state, session.folder, session.narrator
+    with ExitStack() as resources:
+        metrics = resources.enter_context(MetricsLog(folder.metrics, state.step)) if session.world.is_first else None
+        tracker = Tracker(
+            run.monitor, run.name, folder.run_id, folder.path, to_dict(run), out.say, session.world.is_first
+        )
+        resources.callback(tracker.finish, 1)  # if an exception ends the run; the first call to finish counts
+        resources.enter_context(out.progress(state.step))
+        try:
+            reason = steps(session, stop, metrics, tracker)
+        except Diverged as error:
+            out.say(str(error))
+            tracker.finish(DIVERGED)
+            return DIVERGED
+        finally:
+            session.checkpoints.finish()
+        if state.step < t.steps:
+            out.say(f"{reason}: stopped after step {state.step} of {t.steps}; the same command goes on from here")
+            tracker.finish(REQUEUE)
+            return REQUEUE
+        if t.sample_tokens:
+            out.say(sample(session))
+        out.say(f"finished {t.steps} steps, {state.tokens} tokens: {folder.path}")
+        tracker.finish(0)
+    return 0
+
+
+def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tracker) -> str | None:
+    """Steps until the last one is done or a stop is asked for; returns the reason of a stop. Raises Diverged."""
+    run, t, state, world, out = session.run, session.run.train, session.state, session.world, session.narrator
+    guard, watch, fingerprint = Guard(world.device), Stopwatch(), session.plan.fingerprint()
+    reason = stop.poll(world)
+    while state.step < t.steps and reason is None:
+        loss, grad_norm, lr, data_s = train_step(session)
+        guard.watch(state.step, loss, grad_norm)
+        watch.lap(data_s)
+        is_last = state.step == t.steps
+
+        validation: Record = {}
+        if is_last or (t.eval_every and state.step % t.eval_every == 0):
+            guard.check()
+            with watch.paused():
+                validation = validation_losses(session, stop)
+
+        if is_last or validation or state.step % t.log_every == 0:
+            guard.check()
+            record: Record = {
+                "step": state.step,
+                "tokens": state.tokens,
+                "loss": loss.item(),
+                "lr": lr,
+                "grad_norm": grad_norm.item(),
+            }
+            record |= watch.record(t.global_batch * run.data.seq_len)
+            record |= {"mem_bytes": peak_memory_bytes(world.device), "plan": fingerprint} | validation
+            if metrics:
+                metrics.write(record)
+                out.step(record)
+                tracker.log(record)
+
+        reason = stop.poll(world)
+        if is_last or reason or (t.checkpoint_every and state.step % t.checkpoint_every == 0):
+            guard.check()
+            if metrics:
+                metrics.sync()
+            with watch.paused():
+                session.checkpoints.save(state)
+    return reason
+
+
+def train_step(session: Session) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """One optimizer step; advances the state. Returns (loss, grad_norm) as device scalars, lr, seconds for data."""
+    run, t, state, plan = session.run, session.run.train, session.state, session.plan
+    started_s = time.perf_counter()
+    batch = state.loader.next_step()
+    data_s = time.perf_counter() - started_s
+
+    plan.at(state.step / t.steps)
+    plan.clock.step = state.step
+    loss = forward_backward(session, batch)
+    grad_norm = clip_gradients(state.model, t.clip_norm)
+    lr = learning_rate(state.step, t.steps, run.schedule, run.optim.lr)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+
+    state.step += 1
+    state.tokens += t.global_batch * run.data.seq_len
+    return loss, grad_norm, lr, data_s
+
+
+def forward_backward(session: Session, batch: Step) -> torch.Tensor:
+    """Accumulates the gradient of the mean loss over the global batch; returns that mean (fp32 scalar).
+
+    Losses are collected per micro-batch and added in their global order, so the number of ranks does not change the
+    sum.
+    """
+    t, model, device = session.run.train, session.state.model, session.world.device
+    losses_M = torch.zeros(t.global_batch // t.micro_batch, device=device)
+    for i, (micro, part) in enumerate(batch.micros):
+        session.plan.clock.micro = micro
+        accumulate(model, is_last=i == len(batch.micros) - 1)
+        logits_BTV = model(part.tokens.to(device), None if part.document_ids is None else part.document_ids.to(device))
+        loss_sum, z_sum = cross_entropy(logits_BTV, part.targets.to(device), t.z_loss)
+        ((loss_sum + z_sum) / batch.num_targets).backward()
+        losses_M[micro] = loss_sum.detach()
+    if session.world.size > 1:
+        dist.all_reduce(losses_M)
+    return losses_M.sum() / batch.num_targets
+
+
+def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
+    """Scales all gradients so that their common L2 norm is at most `max_norm` (0 = any); returns the norm before.
+
+    Squares are summed along rows in fp32 and over rows in fp64. Shards are whole rows, so the sum does not depend on
+    the number of ranks; torch's own norm does, from the fourth digit on (CPU, fp32), and through the clipping so
+    would the run.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    square = torch.stack([(g.square().sum(-1) if g.ndim > 1 else g.square()).double().sum() for g in shards]).sum()
+    dist.all_reduce(square)
+    norm = square.sqrt().float()
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return norm
+
+
+def sample(session: Session) -> str:
+    """`train.sample_prompt` and what the model makes of it, in the run's precision; a collective."""
+    t, tokenizer = session.run.train, session.data.tokenizer
+    session.plan.clock.micro = 0
+    prompt = tokenizer.encode(t.sample_prompt) or [tokenizer.eos_id]
+    text = generate(
+        session.state.model, prompt, t.sample_tokens, temperature=0.7, top_k=40, seed=session.run.seed,
+        stop_token=tokenizer.eos_id,
+    )  # fmt: skip
+    return f"--- sample after {session.state.step} steps ---\n{t.sample_prompt}{tokenizer.decode(text)}\n---"
+
+
+class Stopwatch:
+    """Seconds per step since the last record, without what was done while it was paused."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since_s, self._steps, self._data_s = time.perf_counter(), 0, 0.0
+
+    def lap(self, data_s: float) -> None:
+        """One step is done, of which `data_s` went by waiting for data."""
+        self._steps += 1
+        self._data_s += data_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        paused_s = time.perf_counter()
+        yield
+        self._since_s += time.perf_counter() - paused_s
+
+    def record(self, tokens_per_step: int) -> Record:
+        """The timing keys of a record; starts anew."""
+        step_s = (time.perf_counter() - self._since_s) / self._steps
+        timing = {"tokens_per_s": tokens_per_step / step_s, "step_s": step_s, "data_s": self._data_s / self._steps}
+        self._restart()
+        return timing

@@ -1,0 +1,81 @@
+"""metrics.jsonl: the record of a run, one JSON object per logged step. Everything else (console, W&B) is a view of it.
+
+    key                      when         meaning
+    step                     always       optimizer steps done, from 1
+    tokens                   always       tokens consumed up to and including this step
+    loss                     always       mean cross-entropy per target of the step's batch, in nats, without z-loss
+    lr                       always       learning rate used by this step
+    grad_norm                always       L2 norm of the whole gradient before clipping
+    tokens_per_s             always       over all ranks, for this step
+    step_s, data_s           always       seconds for the step; of these, seconds waiting for data (first rank)
+    mem_bytes                always       peak memory of the first rank: resident on a CPU, allocated on a GPU
+    plan                     always       fingerprint of the precision plan in force
+    attempt                  always       1 for the first start of this run folder, 2 after the first restart, ...
+    val_loss                 evaluation   validation loss with the recipe on
+    val_loss_high_precision  evaluation   validation loss of the same weights with every layer unquantised
+
+A line is written in one call and flushed, so a killed process leaves at most one torn last line, which readers
+ignore. A resumed run first drops the lines of steps it will do again: there is one line per step, whatever happened
+in between.
+"""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Record = dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """All complete records of a metrics.jsonl; [] if there is no file."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # torn
+    return records
+
+
+class MetricsLog:
+    """Appends to `path` what comes after `resumed_step`; `attempt` counts the starts that logged a step."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        old = read_metrics(path)
+        self.attempt = 1 + max((record["attempt"] for record in old), default=0)
+        kept = "".join(json.dumps(record) + "\n" for record in old if record["step"] <= resumed_step)
+        draft = path.with_suffix(".tmp")
+        draft.write_text(kept, encoding="utf-8")
+        os.replace(draft, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, record: Record) -> None:
+        """Adds `attempt` to `record` and appends it."""
+        record["attempt"] = self.attempt
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Puts the lines on the disk: a checkpoint must never be newer than the record."""
+        os.fsync(self._file.fileno())
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak since the start: allocated by torch on a GPU, resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,91 @@
+"""Everything between a `Run` and its first step: plan, folder, data, sharding, weights or checkpoint.
+
+All that a user can get wrong is found in here and raised as a ValueError, on every rank alike; cheap checks come first.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lowprec.config import ComputeDtype, Run
+from lowprec.data import Data, Loader, build_data
+from lowprec.linear import Plan, load_precision
+from lowprec.model import Transformer, build
+from lowprec.optim import build_optimizer, phases
+from lowprec.parallel import World, parallelize
+from lowprec.train.checkpoint import Checkpoints, committed
+from lowprec.train.console import Narrator
+from lowprec.train.folder import Folder, open_folder, refuse_other_data
+from lowprec.train.state import TrainState
+
+DTYPES = {ComputeDtype.bf16: torch.bfloat16, ComputeDtype.fp32: torch.float32}
+
+
+@dataclass
+class Session:
+    """A run that is ready for its next step."""
+
+    run: Run
+    world: World
+    plan: Plan
+    data: Data
+    state: TrainState
+    folder: Folder
+    checkpoints: Checkpoints
+    narrator: Narrator
+
+
+def check(run: Run) -> None:
+    """Raises ValueError for settings that would only fail once data is read or the model built."""
+    run.data.check()
+    phases(run.train.steps, run.schedule)
+    build_optimizer(torch.nn.Linear(1, 1), run.optim)
+
+
+def plan_model(run: Run) -> tuple[Transformer, Plan]:
+    """The model on the meta device with its plan applied. Allocates nothing; raises ValueError on a bad rule."""
+    with torch.device("meta"):
+        model = build(run.model, dtype=DTYPES[run.train.dtype])
+    plan = Plan.of(model, load_precision(run.precision), seed=run.seed)
+    plan.apply(model)
+    return model, plan
+
+
+def open_session(run: Run, world: World) -> Session | None:
+    """Builds everything for the next step of a run, new or resumed; None if it is finished already.
+
+    Raises ValueError, on every rank, if the folder holds another run or the data cannot be had.
+    """
+    t, narrator = run.train, Narrator(world.is_first, run.train.steps)
+    data = build_data(run.data, run.seed)  # safe on all ranks at once: the first to come fills the cache
+    if data.vocab_size != run.model.vocab_size:
+        narrator.say(f"model.vocab_size: {data.vocab_size} for this tokenizer, instead of {run.model.vocab_size}")
+        run = replace(run, model=replace(run.model, vocab_size=data.vocab_size))
+
+    done = max(committed(Path(run.run.dir) / "checkpoints"), default=0)
+    folder = open_folder(run, world, done)
+    if done >= t.steps:
+        narrator.say(f"{folder.path} is finished: {done} of {t.steps} steps are done; nothing to do")
+        return None
+
+    refuse_other_data(folder, world, data.fingerprint, run.run.allow_change)
+
+    model, plan = plan_model(run)
+    parallelize(model, model.layers, world, run.parallel, DTYPES[t.dtype])
+    loader = Loader(data.train, run.data.seq_len, t.global_batch, t.micro_batch, world.rank, world.size, run.seed)
+    state = TrainState(model, build_optimizer(model, run.optim), loader)
+    checkpoints = Checkpoints(folder.checkpoints, world, t.keep_last, t.keep_every, t.checkpoint_async)
+    checkpoints.clean()
+    if done:
+        checkpoints.load(state, done)
+    else:
+        model.init_weights(run.seed)
+
+    table = plan.table(t.micro_batch * run.data.seq_len, DTYPES[t.dtype], world.device)
+    if world.is_first:
+        folder.keep("plan.txt", table + "\n")
+    narrator.say(table)
+    begins = f"resumes after step {done}" if done else "starts"
+    narrator.say(f"{begins}, {t.steps} steps, {world.size} x {world.device.type}: {folder.path}")
+    return Session(run, world, plan, data, state, folder, checkpoints, narrator)

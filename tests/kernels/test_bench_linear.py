@@ -1,0 +1,75 @@
+"""tools/bench_linear: it runs both ways, says what is what, and catches a layer that computes something else."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowprec.linear import BF16, QuantizedLinear, load_recipe
+from lowprec.tools import bench_linear
+
+ROOT = Path(bench_linear.__file__).resolve().parent.parent
+ARGUMENTS = ["--shape", "64", "128", "128", "--reps", "1", "--threads", "1"]
+
+
+@pytest.mark.parametrize("command", [["tools/bench_linear.py"], ["-m", "lowprec.tools.bench_linear"]])
+def test_runs_as_script_and_as_module(command: list[str]) -> None:
+    """Both ways of calling print one JSON row for each shipped recipe, and all rows are right."""
+    done = subprocess.run(
+        [sys.executable, *command, *ARGUMENTS, "--json"], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["recipe"] for row in rows} == {path.stem for path in (ROOT / "recipes/precision").glob("*.yaml")}
+    assert {"recipe", "backend", "ratio_bf16", "ratio_fp32", "snr_y", "snr_dx", "snr_dw"} <= set(rows[0])
+    assert all(row["right"] and row["ratio_bf16"] > 0 and row["ratio_fp32"] > 0 for row in rows)
+
+
+def test_a_layer_that_quantises_nothing_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row that is fast because nothing is quantised is marked, and the exit code is 1."""
+    honest = bench_linear.Problem.layer
+
+    def lazy(self: bench_linear.Problem, recipe: str, backend: str) -> QuantizedLinear:
+        layer = honest(self, recipe, backend)
+        if backend != "oracle":
+            layer.recipe = BF16
+        return layer
+
+    monkeypatch.setattr(bench_linear.Problem, "layer", lazy)
+    assert bench_linear.main([*ARGUMENTS, "--recipes", "nvfp4"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_a_layer_of_lower_precision_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP4 in the place of FP8 is found out as well."""
+    honest = bench_linear.Problem.layer
+
+    def coarse(self: bench_linear.Problem, recipe: str, backend: str) -> QuantizedLinear:
+        layer = honest(self, recipe, backend)
+        if backend != "oracle":
+            layer.recipe = load_recipe("nvfp4")
+        return layer
+
+    monkeypatch.setattr(bench_linear.Problem, "layer", coarse)
+    assert bench_linear.main([*ARGUMENTS, "--recipes", "mxfp8"]) == 1
+
+
+def test_unknown_recipe_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelt recipe ends with exit code 2 and the list of valid names."""
+    assert bench_linear.main([*ARGUMENTS, "--recipes", "nvfp5"]) == 2
+    assert "nvfp4" in capsys.readouterr().err
+
+
+def test_threads_option_is_what_the_kernels_use(capsys: pytest.CaptureFixture[str]) -> None:
+    """--threads sets torch's number, which the kernels follow, and the table's title says it."""
+    before = torch.get_num_threads()
+    try:
+        assert bench_linear.main([*ARGUMENTS[:-1], "2", "--recipes", "bf16"]) == 0
+        assert torch.get_num_threads() == 2 and "2 thread(s)" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(before)

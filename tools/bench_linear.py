@@ -1,0 +1,208 @@
+"""bench_linear: what a precision recipe costs, and whether it computes what it says.
+
+    python tools/bench_linear.py
+    python tools/bench_linear.py --shape 2048 256 704 --recipes nvfp4 mxfp8 --reps 9 --threads 1
+    python -m lowprec.tools.bench_linear --json
+
+One linear layer, forward and backward, in bf16 activations with fp32 master weights. Every measurement of a recipe
+stands between one of an unquantised bf16 ``nn.Linear`` and one of an fp32 ``nn.Linear``; a row shows the median of the
+ratios of such neighbours, which a busy machine disturbs far less than the times themselves. Below 1 is faster than
+unquantised.
+
+A row cannot be quick by being wrong: the signal-to-noise ratio of y, dx and dw against fp64 products of the unquantised
+tensors must be, within a decibel, that of the recipe's plain-torch definition. Too low is an error, and too high means
+that something was not quantised. Exit code 1 if a row fails.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: the folder that holds the package takes the place of tools/
+    sys.path[0] = str(next(p for p in Path(__file__).resolve().parents if (p / "lowprec" / "__init__.py").exists()))
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.linear import Policy, QuantizedLinear, load_recipe
+from lowprec.linear.backends import CHOICES, choose
+from lowprec.linear.precision import RECIPES_FOLDER
+from lowprec.numerics import sqnr_db
+
+TOLERANCE_DB = 1.0  # between the measured layer and the definition, on Gaussian tensors of another size
+SAMPLE = (256, 256, 256)  # tokens, in, out: the definition is slow, and its ratio hardly depends on the size
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe: ratios of forward + backward time to the unquantised layers, and signal-to-noise ratios in dB."""
+
+    recipe: str
+    backend: str
+    ratio_bf16: float
+    ratio_fp32: float
+    snr_y: float
+    snr_dx: float
+    snr_dw: float
+    expected_y: float
+    expected_dx: float
+    expected_dw: float
+
+    @property
+    def right(self) -> bool:
+        """Whether the layer is as precise as the recipe's definition, neither less nor more."""
+        pairs = ((self.snr_y, self.expected_y), (self.snr_dx, self.expected_dx), (self.snr_dw, self.expected_dw))
+        return all(abs(measured - expected) <= TOLERANCE_DB for measured, expected in pairs)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """x (tokens, in), dy (tokens, out) in bf16, w (out, in) in fp32, and the exact products of their bf16 values."""
+
+    x_TK: Tensor
+    dy_TN: Tensor
+    w_NK: Tensor
+    exact: tuple[Tensor, Tensor, Tensor]
+
+    @staticmethod
+    def draw(tokens: int, in_features: int, out_features: int) -> "Problem":
+        """Gaussian tensors, the same on every call."""
+        generator = torch.Generator().manual_seed(0)
+        x, dy, w = (
+            torch.randn(shape, generator=generator)
+            for shape in ((tokens, in_features), (tokens, out_features), (out_features, in_features))
+        )
+        x, dy, w = x.bfloat16(), dy.bfloat16(), w * in_features**-0.5
+        x64, dy64, w64 = x.double(), dy.double(), w.bfloat16().double()
+        return Problem(x, dy, w, (x64 @ w64.T, dy64 @ w64, dy64.T @ x64))
+
+    def layer(self, recipe: str, backend: str) -> QuantizedLinear:
+        """A quantised layer with these weights."""
+        out_features, in_features = self.w_NK.shape
+        layer = QuantizedLinear(
+            in_features, out_features, bias=False, recipe=load_recipe(recipe), policy=Policy(backend)
+        )
+        layer.weight.data.copy_(self.w_NK)
+        return layer
+
+    def step(self, layer: nn.Linear, dtype: torch.dtype) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+        """A function that runs forward and backward and returns y, dx, dw."""
+        x, dy = self.x_TK.to(dtype, copy=True).requires_grad_(), self.dy_TN.to(dtype)
+
+        def run() -> tuple[Tensor, Tensor, Tensor]:
+            x.grad = layer.weight.grad = None
+            y = layer(x)
+            y.backward(dy)
+            assert x.grad is not None and layer.weight.grad is not None
+            return y, x.grad, layer.weight.grad
+
+        return run
+
+    def snr(self, layer: nn.Linear) -> tuple[float, float, float]:
+        """Signal-to-noise ratios of y, dx and dw in dB."""
+        y, dx, dw = (
+            sqnr_db(e, o.detach()) for e, o in zip(self.exact, self.step(layer, torch.bfloat16)(), strict=True)
+        )
+        return y, dx, dw
+
+
+def backend_names(layer: QuantizedLinear, tokens: int) -> str:
+    """The backends that serve the three products, as one word where they agree."""
+    t, n, k = tokens, layer.out_features, layer.in_features
+    names = []
+    for role, (rows, columns, contracted) in {"fprop": (t, n, k), "dgrad": (t, k, n), "wgrad": (n, k, t)}.items():
+        gemm = getattr(layer.recipe, role)
+        m, n_, k_ = (size + -size % multiple for size, multiple in zip((rows, columns, contracted), gemm.multiples()))
+        wanted, cpu = layer.policy.backend, torch.device("cpu")
+        names.append(choose(wanted, gemm, role, m, n_, k_, torch.bfloat16, cpu)[0].name)
+    return names[0] if len(set(names)) == 1 else "/".join(names)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def measure(recipes: list[str], shape: tuple[int, int, int], reps: int, backend: str) -> list[Row]:
+    """Benchmark recipes on one shape (tokens, in, out).
+
+    Raises:
+        ValueError: if a recipe or the backend is unknown, or the backend refuses a product.
+    """
+    problem, sample = Problem.draw(*shape), Problem.draw(*SAMPLE)
+    plain = nn.Linear(shape[1], shape[2], bias=False)
+    bf16 = problem.step(nn.Linear(shape[1], shape[2], bias=False, dtype=torch.bfloat16), torch.bfloat16)
+    fp32 = problem.step(plain, torch.float32)
+    layers = {recipe: problem.layer(recipe, backend) for recipe in recipes}
+    steps = {recipe: problem.step(layer, torch.bfloat16) for recipe, layer in layers.items()}
+    ratios: dict[str, list[tuple[float, float]]] = {recipe: [] for recipe in recipes}
+    for run in (bf16, fp32, *steps.values()):
+        run()  # builds, caches, first touches
+    for _ in range(reps):
+        for recipe, run in steps.items():
+            before, own, after = _seconds(bf16), _seconds(run), _seconds(fp32)
+            ratios[recipe].append((own / before, own / after))
+    rows = []
+    for recipe, layer in layers.items():
+        to_bf16, to_fp32 = (statistics.median(column) for column in zip(*ratios[recipe], strict=True))
+        measured, expected = problem.snr(layer), sample.snr(sample.layer(recipe, "oracle"))
+        rows.append(Row(recipe, backend_names(layer, shape[0]), to_bf16, to_fp32, *measured, *expected))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as aligned text; SNR in dB, that of the definition in brackets."""
+    head = ("recipe", "backend", "/bf16", "/fp32", "SNR y", "SNR dx", "SNR dw", "")
+    cells: list[tuple[str, ...]] = [head]
+    for r in rows:
+        snr = ((r.snr_y, r.expected_y), (r.snr_dx, r.expected_dx), (r.snr_dw, r.expected_dw))
+        verdict = "" if r.right else "WRONG: not as precise as its definition"
+        numbers = (f"{r.ratio_bf16:.2f}", f"{r.ratio_fp32:.2f}", *(f"{m:.1f} ({e:.1f})" for m, e in snr))
+        cells.append((r.recipe, r.backend, *numbers, verdict))
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    shipped = sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+    p = argparse.ArgumentParser("bench_linear", description="Time and check one linear layer under precision recipes.")
+    p.add_argument("--shape", type=int, nargs=3, default=(4096, 1024, 4096), metavar=("TOKENS", "IN", "OUT"))
+    p.add_argument(
+        "--recipes", nargs="+", default=shipped, help="names of shipped recipes, or YAML files (default: all)"
+    )
+    p.add_argument("--reps", type=int, default=7, help="measurements of each recipe (default: %(default)s)")
+    p.add_argument("--threads", type=int, help="threads of torch and of the kernels (default: torch's own number)")
+    p.add_argument(
+        "--backend", choices=CHOICES, default="auto", help="who computes the products (default: %(default)s)"
+    )
+    p.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    a = p.parse_args(argv)
+    if min(a.reps, *a.shape) < 1:
+        p.error("--reps and the sizes of --shape must be at least 1")
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    try:
+        rows = measure(a.recipes, tuple(a.shape), a.reps, a.backend)
+    except ValueError as error:
+        print(f"bench_linear: {error}", file=sys.stderr)
+        return 2
+    if a.json:
+        print(json.dumps([{**asdict(row), "right": row.right} for row in rows], indent=2))
+    else:
+        t, k, n = a.shape
+        print(f"linear {k} -> {n}, {t} tokens, forward + backward, {torch.get_num_threads()} thread(s); time ratios\n")
+        print(table(rows))
+    return 0 if all(row.right for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
