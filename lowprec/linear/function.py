@@ -19,6 +19,10 @@ from lowprec.linear.recipe import Gemm, LinearRecipe
 from lowprec.numerics import Stream
 
 
+TOKEN_TILE = 16
+"""Rows of activations are padded to a multiple of this: kernels work in tiles, and zero rows change no number."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """How a layer's products are served: the wanted backend, and what happens to sizes that no block divides."""
@@ -87,6 +91,9 @@ def quantized_linear(
     if not recipe.quantized:
         return F.linear(x, weight_NK.to(x.dtype), bias_N)
     x_TK = x.reshape(-1, x.shape[-1]).contiguous()
+    tokens = x_TK.shape[0]
+    if policy.pad == "zero":
+        x_TK = _pad(x_TK, tokens + -tokens % TOKEN_TILE, x_TK.shape[1])
     y_TN = QuantizedLinearFunction.apply(x_TK, weight_NK, recipe, stream, policy)
-    y = y_TN.view(*x.shape[:-1], weight_NK.shape[0])
+    y = y_TN[:tokens].view(*x.shape[:-1], weight_NK.shape[0])
     return y if bias_N is None else y + bias_N

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lowprec.linear.backends import choose
-from lowprec.linear.function import Policy
+from lowprec.linear.function import TOKEN_TILE, Policy
 from lowprec.linear.module import QuantizedLinear
 from lowprec.linear.precision import Precision, Rule
 from lowprec.linear.recipe import BF16, GEMM_OPERANDS, LinearRecipe
@@ -196,6 +196,8 @@ class Plan:
     ) -> str:
         names = []
         recipe: LinearRecipe = self.precision.linear[entry.recipe]
+        if tokens is not None and self.precision.pad == "zero":
+            tokens += -tokens % TOKEN_TILE
         out, inp = entry.out_features, entry.in_features
         for role, (m, n, k) in {
             "fprop": (tokens, out, inp),

@@ -146,6 +146,16 @@ def test_ragged_sizes_are_padded(name):
         torch.testing.assert_close(dw, dwb[:50, :42], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 33])
+def test_any_number_of_tokens_gives_the_definition(tokens):
+    """Activations are padded to whole tiles: every backend still gives the oracle's numbers, random bits included."""
+    x, dy = torch.randn(tokens, 64), torch.randn(tokens, 96)
+    expected = run(layer("nvfp4", backend="oracle"), x, dy)
+    for backend in ("auto", "torch"):
+        for out, reference in zip(run(layer("nvfp4", backend=backend), x, dy), expected):
+            torch.testing.assert_close(out, reference, rtol=1e-5, atol=1e-5)
+
+
 def test_padding_can_be_refused_by_name():
     linear = layer("nvfp4", 50, 64, pad="refuse")
     linear.layer = "layers.0.mlp.up_proj"
