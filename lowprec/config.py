@@ -123,9 +123,9 @@ def check_world(run: Run, size: int) -> None:
 
 
 # Settings that may differ when a run is continued: they change neither what is computed nor in which order.
-_HARMLESS = ("name", "run", "parallel", "monitor", "train.log_every", "train.eval_every", "train.eval_high_precision",
-             "train.checkpoint_every", "train.checkpoint_async", "train.keep_last", "train.keep_every",
-             "train.time_limit_s", "train.sample_prompt", "train.sample_tokens")  # fmt: skip
+_HARMLESS = ("name", "run", "parallel", "monitor", "data.cache_dir", "train.log_every", "train.eval_every",
+             "train.eval_high_precision", "train.checkpoint_every", "train.checkpoint_async", "train.keep_last",
+             "train.keep_every", "train.time_limit_s", "train.sample_prompt", "train.sample_tokens")  # fmt: skip
 
 
 def changes(before: Run, now: Run) -> dict[str, tuple[Any, Any]]:

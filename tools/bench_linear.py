@@ -16,6 +16,7 @@ that something was not quantised. Exit code 1 if a row fails.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -25,6 +26,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the folder that holds the package takes the place of tools/
     sys.path[0] = str(next(p for p in Path(__file__).resolve().parents if (p / "lowprec" / "__init__.py").exists()))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as launch/train.py sets it: waiting threads sleep
 
 import torch
 from torch import Tensor, nn

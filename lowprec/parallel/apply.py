@@ -3,9 +3,9 @@
     recompute -> fully_shard each block -> fully_shard the rest -> materialise
 
 - The plan was applied before (on the meta device), so what is sharded are the parameters of quantised layers.
-- Parameters stay fp32: they are the master weights. FSDP2 gathers them as `dtype` copies for the matrix products
-  (`param_dtype`) and sums gradients in fp32 (`reduce_dtype`), also between micro-batches. Norms and embeddings take the
-  same road on one rank and on many.
+- Parameters stay fp32: they are the master weights. FSDP2 gathers those of a block as `dtype` copies (`param_dtype`)
+  and sums gradients in fp32 (`reduce_dtype`), also between micro-batches. The root (embedding, last norm, head) is
+  gathered in fp32: in bf16 the gradient of a frequent token would be a bf16 sum of thousands of rows.
 - Gradients are *summed* over ranks, not averaged: every micro-batch's loss is already divided by the number of
   targets of the whole step, so the sum is the gradient of the mean.
 - Recomputation needs no saved random state: all random bits of quantised layers are functions of (seed, step, micro,
@@ -40,7 +40,8 @@ def parallelize(
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+    root_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(model, mesh=world.mesh, mp_policy=root_policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums

@@ -73,7 +73,13 @@ def test_harmless_settings_may_change(train, read, tmp_path: Path) -> None:
     """Logging, saving, monitoring and recomputation do not change numbers: a run goes on with others."""
     constant = ("schedule=constant", "train.eval_every=0")
     assert train(tmp_path, *constant, "train.steps=4") == 0
-    harmless = ("train.log_every=2", "train.keep_last=1", "parallel=fsdp_recompute", "name=renamed")
+    harmless = (
+        f"data.cache_dir={tmp_path}",
+        "train.log_every=2",
+        "train.keep_last=1",
+        "parallel=fsdp_recompute",
+        "name=renamed",
+    )
     assert train(tmp_path, *constant, "train.steps=8", *harmless) == 0
     assert [record["step"] for record in read(tmp_path)] == [1, 2, 3, 4, 6, 8]
 
