@@ -26,12 +26,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-# Threads that wait for each other spin for milliseconds by default (libgomp). That is right on an idle machine, but on a
-# busy one the thread they wait for is not running: steps of 0.2 s took 30 s beside two other runs. A short spin costs
-# nothing. It must be set before torch is loaded, and it changes no number.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 if __package__ in (None, ""):  # run as a script: the folder that holds the package takes the place of launch/
     sys.path[0] = str(next(p for p in Path(__file__).resolve().parents if (p / "lowprec" / "__init__.py").exists()))
 # Threads that wait sleep instead of spinning (read when torch is imported): on cores shared with another job, spinning

@@ -143,7 +143,7 @@ def test_overrides_beat_the_recipe_and_the_recipe_beats_the_defaults(capsys, tmp
     assert config["name"] == "mine"
     assert config["train"]["steps"] == 7 and config["train"]["log_every"] == 5 and config["optim"]["lr"] == 0.5
     assert config["data"]["sources"][0]["limit"] == 9
-    assert config["precision"]["rules"][-1] == {"match": "layers.*", "recipe": "nvfp4"}
+    assert config["precision"]["rules"][-1] == {"match": "layers.*", "recipe": "default"}
 
 
 def test_plan_prints_what_every_layer_would_do(capsys) -> None:
