@@ -28,9 +28,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 if __package__ in (None, ""):  # run as a script: the folder that holds the package takes the place of launch/
     sys.path[0] = str(next(p for p in Path(__file__).resolve().parents if (p / "lowprec" / "__init__.py").exists()))
-# Threads that wait sleep instead of spinning (read when torch is imported): on cores shared with another job, spinning
-# at the end of every small parallel region made a step thirty times slower. It changes no number.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait go to sleep after a short spin (libgomp reads this when torch is loaded): on cores shared with
+# another job its default, a long spin, made a step thirty times slower. It changes no number.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import yaml
 from hydra import compose, initialize_config_module

@@ -26,7 +26,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the folder that holds the package takes the place of tools/
     sys.path[0] = str(next(p for p in Path(__file__).resolve().parents if (p / "lowprec" / "__init__.py").exists()))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as launch/train.py sets it: waiting threads sleep
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in launch/train.py: waiting threads sleep after a short spin
 
 import torch
 from torch import Tensor, nn

@@ -18,7 +18,6 @@ from lowprec.linear.backends import choose
 from lowprec.linear.recipe import Gemm, LinearRecipe
 from lowprec.numerics import Stream
 
-
 TOKEN_TILE = 16
 """Rows of activations are padded to a multiple of this: kernels work in tiles, and zero rows change no number."""
 
