@@ -135,6 +135,7 @@ HOW: dict[str, Callable[[str, Path], None]] = {
     "source .venv/bin/activate": is_set_up,
     "python3 -m venv .venv": is_set_up,
     ".venv/bin/pip install -e '.[gpu]'": is_set_up,
+    ".venv/bin/lowprec-train recipe=quickstart precision=bf16 run.dir=runs/quickstart_bf16": trains,
     "lowprec-train --help": prints,
     "lowprec-prepare --help": prints,
     "lowprec-train recipe=nvfp4_tiny": trains,
