@@ -40,9 +40,7 @@ class TrainConfig:
 
     steps: int = 1000
     global_batch: int = 16  # sequences per optimizer step, over all ranks
-    micro_batch: int = (
-        8  # sequences per forward pass; per-tensor scales are per micro-batch, so it is part of the result
-    )
+    micro_batch: int = 8  # sequences per forward pass; tensor scales span one micro-batch, so it changes the result
     dtype: ComputeDtype = ComputeDtype.bf16
     clip_norm: float = 1.0  # largest L2 norm of the gradient; 0 = no clipping
     z_loss: float = 0.0  # weight of log(Z)^2
