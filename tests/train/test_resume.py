@@ -11,7 +11,7 @@ from lowprec.train.checkpoint import committed
 
 def test_killed_again_and_again_it_gives_the_same_numbers(train, spawn, compare, read, tmp_path: Path) -> None:
     """kill -9 in the middle of a save (background), then anywhere, then SIGTERM: bit-equal to an undisturbed run."""
-    size = ("train.steps=24", "train.eval_every=9", "train.checkpoint_every=1", "model.dim=192", "model.ffn_dim=512")
+    size = ("train.steps=48", "train.eval_every=18", "train.checkpoint_every=1", "model.dim=192", "model.ffn_dim=512")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert train(whole, *size, "train.checkpoint_every=0") == 0
 
