@@ -3,7 +3,7 @@
 Four answers exist, tried in this order under ``backend: auto``:
 
 ``native``  both operands unquantised: one ``a @ b.T`` in the tensors' dtype, what ``nn.Linear`` does.
-``cpu``     C++ (``kernels/cpu``): FP4 on int8 VNNI, FP8 and MX in bf16; equal to the oracle.
+``cpu``     C++ (``kernels/cpu``): FP4 on int8 VNNI, bit-equal to the oracle; FP8 and MX in bf16, within its bound.
 ``torch``   quantises exactly as the oracle, then one fp32 product of the block-scaled operands: any device, any recipe.
 ``oracle``  the definition, block by block (:mod:`lowprec.linear.oracle`): slow, for tests and for bisecting.
 

@@ -22,7 +22,7 @@ from lowprec.linear.backends import choose
 from lowprec.linear.function import TOKEN_TILE, Policy
 from lowprec.linear.module import QuantizedLinear
 from lowprec.linear.precision import Precision, Rule
-from lowprec.linear.recipe import BF16, GEMM_OPERANDS, LinearRecipe
+from lowprec.linear.recipe import BF16, LinearRecipe
 from lowprec.numerics import Clock
 
 _PLACEHOLDER = re.compile(r"\{(first|last):(\d+)(%?)\}")
@@ -223,12 +223,7 @@ class Plan:
                 self.precision.backend, gemm, role, padded[0], padded[1], padded[2], dtype, device
             )
             if chosen.name != "native":
-                remarks.update(
-                    {
-                        f"note: {role} {'x'.join(GEMM_OPERANDS[role])} runs on {chosen.name}; {why}": None
-                        for why in refusals
-                    }
-                )
+                remarks.update({f"note: {chosen.name} computes instead of {why}": None for why in refusals})
             names.append(chosen.name)
         return names[0] if len(set(names)) == 1 else "/".join(names)
 

@@ -33,7 +33,8 @@ class Operand:
     Attributes:
         format: how it is quantised; None leaves it in the layer's own dtype.
         rounding: ``nearest`` (ties to even) or ``stochastic``.
-        reuse: the codes of the forward pass are taken again (the format must survive the transpose).
+        reuse: these are the codes of the forward pass. They are computed again, not kept: reuse is only admitted where
+            quantising the same tensor along its other axis must give them (square blocks, nearest, unrotated).
     """
 
     format: Format | None = None

@@ -64,8 +64,8 @@ def e4m3_scale(amax: Tensor, tensor_amax: Tensor, element_max: float) -> tuple[T
     s_enc = torch.where(tensor_amax == 0, 1.0, s_enc.clamp(max=FLT_MAX))
     s_dec = 1.0 / s_enc
     bad = ~tensor_amax.isfinite()
-    third = torch.tensor(1.0, device=amax.device) / torch.tensor(element_max, device=amax.device)  # fl(1 / max)
-    wanted = (amax * (s_enc * third)).clamp(max=E4M3_MAX)
+    inverse_max = torch.tensor(1.0, device=amax.device) / torch.tensor(element_max, device=amax.device)
+    wanted = (amax * (s_enc * inverse_max)).clamp(max=E4M3_MAX)
     scale = torch.where(bad, torch.nan, wanted).to(torch.float8_e4m3fn)
     multiplier = (1.0 / (scale.float() * s_dec)).clamp(max=FLT_MAX)
     tensor_scale = tensor_amax / torch.full_like(tensor_amax, E4M3_MAX * element_max)

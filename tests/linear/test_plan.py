@@ -162,3 +162,13 @@ def test_layers_draw_different_bits():
     x = torch.randn(32, 64)
     first, second = model.layers[0].q_proj(x), model.layers[1].q_proj(x)
     assert not torch.equal(first, second) and torch.equal(first, model.layers[0].q_proj(x))
+
+
+def test_a_refusal_is_said_once_in_words():
+    """The C++ kernels do not know int8: the plan says so in one line, however many layers and products it concerns."""
+    node = {
+        "linear": {"int8": {"fprop": {"x": "int8_row", "w": "int8_row"}, "dgrad": {"dy": "int8_row", "w": "int8_row"}}}
+    }
+    plan = Plan.of(Model(3), load_precision({**node, "rules": [{"match": "*", "recipe": "int8"}]}))
+    notes = [line for line in plan.table(tokens=64).splitlines() if line.startswith("note:")]
+    assert len(notes) == 1 and notes[0].startswith("note: torch computes instead of cpu: ") and "int8" in notes[0]
