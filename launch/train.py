@@ -44,7 +44,7 @@ from omegaconf.errors import OmegaConfBaseException
 import lowprec.recipes
 from lowprec.config import Run, check_world, load
 from lowprec.model import count_parameters, flops_per_token
-from lowprec.parallel import start_world, stop_world
+from lowprec.parallel import end_process, start_world, stop_world
 from lowprec.train import Stop, check, open_session, plan_model, train
 
 SHIPPED = Path(lowprec.recipes.__path__[0])
@@ -87,6 +87,11 @@ def main(argv: list[str] | None = None) -> int:
         return train(session, stop) if session else 0
     finally:
         stop_world()
+
+
+def command() -> None:
+    """The console script: `main`, and an end that no thread can turn into an abort."""
+    end_process(main())
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -284,4 +289,4 @@ def _did_you_mean(name: str, valid: Iterable[str], spelt: str = "{}") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -10,6 +10,7 @@ import datetime, sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from lowprec.model import ModelConfig, build
+from lowprec.parallel import end_process
 torch.set_num_threads(1)
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
 def config(tied):
@@ -47,8 +48,8 @@ mixed.layers[1].attn.register_forward_pre_hook(look)
 seen = []
 mixed(x, ids)
 assert seen == [torch.bfloat16, torch.float32], seen
-dist.destroy_process_group()
 print("same")
+end_process(0)
 """
 
 
