@@ -87,7 +87,7 @@ def _fill(args: OperandArgs, x: Tensor, contiguous_k: bool, operand: Any, stream
     args.data, args.free_size = x.data_ptr(), x.shape[0]
     args.free_block, args.k_block = format.block
     args.bf16, args.contiguous_k = x.dtype == torch.bfloat16, contiguous_k
-    args.element, args.scale_rule = ELEMENT_CODES[format.element], SCALE_CODES[format.scale, format.scale_rounding]
+    args.element, args.scale_rule = ELEMENT_CODES[format.element], SCALE_CODES[format.scale, format.scale_rounding or "rceil"]
     args.element_max, args.input_max = element.max, INPUT_MAX[x.dtype]
     args.element_exponent = int(element.max).bit_length() - 1
     if operand.rounding == "stochastic":

@@ -38,13 +38,18 @@ def cache_folder() -> Path:
     return Path(base) / "lowprec"
 
 
-def cpu_description() -> str:
+def cpu_description(needed: tuple[str, ...] = NEEDED) -> str:
     """Model and instruction sets of this CPU, as Linux reports them.
+
+    Args:
+        needed: instruction sets that must be there; with none, any CPU and system will do.
 
     Raises:
         Unavailable: on another system, or where an instruction set is missing.
     """
     if platform.system() != "Linux" or platform.machine() != "x86_64":
+        if not needed:
+            return f"{platform.machine()} {platform.system()} {platform.processor()}"
         raise Unavailable(
             f"the C++ kernels are written for x86-64 Linux, this is {platform.machine()} {platform.system()}"
         )
@@ -52,7 +57,7 @@ def cpu_description() -> str:
         line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line
     )
     fields = {name.strip(): value.strip() for name, value in fields.items()}
-    missing = [flag for flag in NEEDED if flag not in fields.get("flags", "").split()]
+    missing = [flag for flag in needed if flag not in fields.get("flags", "").split()]
     if missing:
         raise Unavailable(f"this CPU ({fields.get('model name', 'unknown')}) lacks {', '.join(missing)}")
     return f"{fields.get('model name')} {fields.get('flags')}"
@@ -83,18 +88,24 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def build() -> Path:
+def build(
+    main: str = "api.cpp", flags: tuple[str, ...] = FLAGS, needed: tuple[str, ...] = NEEDED, headers: str = "*.h"
+) -> Path:
     """Path of the library for this machine, built now if the cache has none.
+
+    Args:
+        main: its source file. flags: of the compiler. needed: instruction sets it cannot do without. headers: pattern
+            of the files it includes.
 
     Raises:
         Unavailable: if the CPU, the compiler or the cache folder does not allow it.
     """
-    cpu, command = cpu_description(), compiler()
-    sources = [*sorted(SOURCES.glob("*.h")), SOURCES / "api.cpp"]
-    key = hashlib.sha256("\0".join((cpu, _run([*command, "--version"]), *command, *FLAGS)).encode())
+    cpu, command = cpu_description(needed), compiler()
+    sources = [*sorted(SOURCES.glob(headers)), SOURCES / main]
+    key = hashlib.sha256("\0".join((cpu, _run([*command, "--version"]), *command, *flags)).encode())
     for source in sources:
         key.update(source.name.encode() + b"\0" + source.read_bytes())
-    target = cache_folder() / f"cpu-{key.hexdigest()[:16]}.so"
+    target = cache_folder() / f"{'cpu' if main == 'api.cpp' else Path(main).stem}-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
     try:
@@ -104,7 +115,7 @@ def build() -> Path:
             if not target.exists():
                 with tempfile.TemporaryDirectory(dir=target.parent) as folder:
                     fresh = Path(folder) / target.name
-                    _run([*command, *FLAGS, str(SOURCES / "api.cpp"), "-o", str(fresh)])
+                    _run([*command, *flags, str(SOURCES / main), "-o", str(fresh)])
                     os.replace(fresh, target)
     except OSError as error:
         raise Unavailable(

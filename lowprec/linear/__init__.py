@@ -8,13 +8,14 @@
 >>> plan.apply(model)
 """
 
-from lowprec.linear.function import Policy, quantized_linear
+from lowprec.linear.function import quantized_linear
 from lowprec.linear.module import QuantizedLinear
 from lowprec.linear.plan import Plan
 from lowprec.linear.precision import Precision, Rule, load_precision, load_recipe
+from lowprec.linear.product import Call, Policy
 from lowprec.linear.recipe import BF16, Gemm, LinearRecipe, Operand, Rotation
 
 __all__ = [
-    "BF16", "Gemm", "LinearRecipe", "Operand", "Plan", "Policy", "Precision", "QuantizedLinear", "Rotation", "Rule",
-    "load_precision", "load_recipe", "quantized_linear",
+    "BF16", "Call", "Gemm", "LinearRecipe", "Operand", "Plan", "Policy", "Precision", "QuantizedLinear", "Rotation",
+    "Rule", "load_precision", "load_recipe", "quantized_linear",
 ]  # fmt: skip

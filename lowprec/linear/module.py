@@ -6,12 +6,17 @@ is an attribute and not a type: it may change between two steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lowprec.linear.function import Policy, quantized_linear
+from lowprec.linear.function import quantized_linear
 from lowprec.linear.precision import load_recipe
+from lowprec.linear.product import Call, Policy
 from lowprec.linear.recipe import LinearRecipe
+from lowprec.linear.state import LayerState, memories_of
 from lowprec.numerics import Clock
 
 
@@ -30,6 +35,7 @@ class QuantizedLinear(nn.Linear):
     clock: Clock
     layer: str
     policy: Policy
+    state: LayerState
 
     def __init__(
         self,
@@ -45,24 +51,42 @@ class QuantizedLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-        self._configure(recipe, clock or Clock(), layer, policy or Policy())
+        self._configure([recipe], clock or Clock(), layer, policy or Policy())
 
-    def _configure(self, recipe: LinearRecipe, clock: Clock, layer: str, policy: Policy) -> None:
-        self.recipe, self.clock, self.layer, self.policy = recipe, clock, layer, policy
+    def _configure(self, recipes: Iterable[LinearRecipe], clock: Clock, layer: str, policy: Policy) -> None:
+        recipes = list(recipes)
+        self.recipe, self.clock, self.layer, self.policy = recipes[0], clock, layer, policy
+        self.state = LayerState(memories_of(recipes, self.out_features, self.in_features))
 
     @classmethod
     def convert(
-        cls, linear: nn.Linear, recipe: LinearRecipe, clock: Clock, layer: str, policy: Policy
+        cls, linear: nn.Linear, recipes: Iterable[LinearRecipe], clock: Clock, layer: str, policy: Policy
     ) -> QuantizedLinear:
-        """Turn an existing layer into a quantised one in place: same object, same parameters, also on meta."""
+        """Turn an existing layer into a quantised one in place: same object, same parameters, also on meta.
+
+        Args:
+            linear: the layer.
+            recipes: the recipe to begin with, then all that the layer may be given later; they decide what it
+                remembers between steps.
+            clock, layer, policy: as in the constructor.
+        """
         linear.__class__ = cls
         assert isinstance(linear, QuantizedLinear)
-        linear._configure(recipe, clock, layer, policy)
+        linear._configure(recipes, clock, layer, policy)
         return linear
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in the input's dtype."""
-        return quantized_linear(input, self.weight, self.bias, self.recipe, self.clock.stream(self.layer), self.policy)
+        stream = self.clock.stream(self.layer)
+        observe = self.training and torch.is_grad_enabled()
+        call = Call(self.recipe, stream, self.policy, self.state, observe)
+        return quantized_linear(input, self.weight, self.bias, call)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:
+        super()._apply(fn, recurse)  # .to(), .cuda(), .to_empty(): the state goes where the weight goes
+        if self.weight.device.type != "meta":
+            self.state.to(self.weight.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"

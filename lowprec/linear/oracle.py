@@ -6,7 +6,7 @@ scales, and blocks are added in fp32 in order::
 
     acc = 0
     for g in blocks of k:   acc = acc + (A_g B_g^T) * (s_A[:, g] s_B[:, g]^T)
-    out = acc * (t_A * t_B)                      tensor scales stay outside, one rounding to the output's dtype
+    out = acc * (t_A * t_B^T)                    tensor scales stay outside, one rounding to the output's dtype
 
 For FP4 a block's sum is exact in fp32 (a few multiples of 1/4), so the result does not depend on how a block is
 summed and fast paths equal this one bit for bit. For FP8 a block of 32 or more is rounded on the way; there results
@@ -32,7 +32,7 @@ class Prepared:
         values: (rows, k) fp32 element values.
         scales: (rows, blocks) fp32, one per row and block of the contracted axis.
         block: contracted elements under one scale.
-        tensor_scale: () fp32.
+        tensor_scale: fp32, () or (rows, 1).
     """
 
     values: Tensor
@@ -44,14 +44,25 @@ class Prepared:
         """values * scales, (rows, k) fp32, the tensor scale left out."""
         return self.values * self.scales.repeat_interleave(self.block, dim=1)[:, : self.values.shape[1]]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes it occupies."""
+        return sum(t.untyped_storage().nbytes() for t in (self.values, self.scales, self.tensor_scale))
 
-def rotation_signs(rotation: Rotation, stream: Stream, role: str, device: torch.device) -> Tensor | None:
-    """The signs (size,) that both operands of a product share, or None."""
-    if rotation.signs == "none":
-        return None
-    if rotation.signs == "fixed":
-        return fixed_signs(rotation.size).to(device)
-    return stream.signs(f"{role}.signs", rotation.size, device)
+
+def turned(x: Tensor, rotation: Rotation, stream: Stream, role: str, inverse: bool = False) -> Tensor:
+    """x with its last axis rotated (or turned back), in x's dtype; ``role`` keys the signs of every step."""
+    size = rotation.size or x.shape[-1]
+    rounds = [f"{role}.signs", f"{role}.signs2"][: rotation.rounds]
+    for key in reversed(rounds) if inverse else rounds:
+        if rotation.signs == "none":
+            signs = None
+        elif rotation.signs == "fixed":
+            signs = fixed_signs(size).to(x.device)
+        else:
+            signs = stream.signs(key, size, x.device)
+        x = rotate(x, size, signs, inverse)
+    return x
 
 
 def noise_like(x: Tensor, stream: Stream, key: str) -> Tensor:
@@ -61,27 +72,47 @@ def noise_like(x: Tensor, stream: Stream, key: str) -> Tensor:
     return stream.noise(key, tuple(x.shape), x.device)
 
 
-def prepare(x: Tensor, operand: Operand, inner: Rotation | None, stream: Stream, role: str, name: str) -> Prepared:
-    """Rotate and quantise one operand x (rows, k) of the product ``role``."""
-    if inner is not None:
-        x_rotated = rotate(x, inner.size, rotation_signs(inner, stream, role, x.device))
-    else:
-        x_rotated = x
+def scale_noise(rows: int, blocks: int, stream: Stream, key: str, device: torch.device) -> Tensor:
+    """Noise for the scales of 1xB blocks (rows, blocks), drawn in panels: ``[row // 16, block, row % 16]``."""
+    panels = stream.noise(key, ((rows + 15) // 16, blocks, 16), device)
+    return panels.transpose(1, 2).reshape(-1, blocks)[:rows]
+
+
+def prepare(
+    x: Tensor,
+    operand: Operand,
+    inner: Rotation | None,
+    stream: Stream,
+    role: str,
+    name: str,
+    amax: Tensor | None = None,
+) -> Prepared:
+    """Rotate and quantise one operand x (rows, k) of the product ``role``; ``amax`` () replaces its own maximum."""
+    original, x = x, turned(x, inner, stream, role) if inner is not None else x
+    one = torch.ones((), device=x.device)
     if operand.format is None:
-        ones = torch.ones((), device=x.device)
-        return Prepared(x_rotated.float(), ones.expand(x.shape[0], 1), x.shape[1], ones)
-    noise = noise_like(x, stream, f"{role}.{name}") if operand.rounding == "stochastic" else None
-    q = operand.format.quantize(x_rotated, noise)
-    tensor_scale = torch.ones((), device=x.device) if q.tensor_scale is None else q.tensor_scale
-    return Prepared(q.values(), q.row_scales(), operand.format.block[1] or x.shape[1], tensor_scale)
+        return Prepared(x.float(), one.expand(x.shape[0], 1), x.shape[1], one)
+    key, format = f"{role}.{name}", operand.format
+    block = format.block[1] or x.shape[1]
+    if operand.rounding == "ms_eden":
+        blocks = -(-x.shape[1] // block)
+        q = format.eden(x, scale_noise(x.shape[0], blocks, stream, f"{key}.scale", x.device), operand.group)
+    else:
+        noise = noise_like(original, stream, key) if operand.rounding == "stochastic" else None
+        q = format.quantize(x, noise, amax)
+    scales, tensor_scale = q.row_scales(), one if q.tensor_scale is None else q.tensor_scale
+    if tensor_scale.numel() > 1 and tensor_scale.shape[1] > 1:  # one per 1x128: varies along k, so it joins the blocks'
+        wide = tensor_scale.repeat_interleave(int(format.tensor_scale) // block, dim=1)
+        scales, tensor_scale = scales * wide[:, : scales.shape[1]], one
+    return Prepared(q.values(), scales, block, tensor_scale)
 
 
-def prepare_both(a: Tensor, b: Tensor, gemm: Gemm, stream: Stream, role: str) -> tuple[Prepared, Prepared]:
+def prepare_both(a: Tensor, b: Tensor, spec: Gemm, stream: Stream, role: str) -> tuple[Prepared, Prepared]:
     """Both operands of a product."""
     name_a, name_b = GEMM_OPERANDS[role]
     return (
-        prepare(a, gemm.a, gemm.inner, stream, role, name_a),
-        prepare(b, gemm.b, gemm.inner, stream, role, name_b),
+        prepare(a, spec.a, spec.inner, stream, role, name_a),
+        prepare(b, spec.b, spec.inner, stream, role, name_b),
     )
 
 
@@ -92,16 +123,16 @@ def multiply(a: Prepared, b: Prepared) -> Tensor:
     for start in range(0, k, step):
         part = a.values[:, start : start + step] @ b.values[:, start : start + step].T
         acc = acc + part * (a.scales[:, start // a.block, None] * b.scales[:, start // b.block])
-    return acc * (a.tensor_scale * b.tensor_scale)
+    return acc * (a.tensor_scale.reshape(-1, 1) * b.tensor_scale.reshape(1, -1))
 
 
 def gemm(a: Tensor, b: Tensor, spec: Gemm, stream: Stream, role: str, out_dtype: torch.dtype) -> Tensor:
-    """``a b^T`` as ``spec`` says: the definition.
+    """``a b^T`` as ``spec`` says: the definition, for operands without splits and outer rotations.
 
     Args:
         a: (m, k), a possibly transposed view, bf16, fp16 or fp32.
         b: (n, k), likewise.
-        spec: the product's formats, roundings and rotation.
+        spec: the product's formats, roundings and inner rotation.
         stream: random bits of the layer.
         role: ``fprop``, ``dgrad`` or ``wgrad``; keys the random bits.
         out_dtype: dtype of the result.

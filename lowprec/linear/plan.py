@@ -9,19 +9,22 @@ matches, are errors: a wish that silently does nothing is the commonest way to t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from lowprec.linear import state
+from lowprec.linear.attention import AttentionCore, apply_attention
 from lowprec.linear.backends import choose
-from lowprec.linear.function import TOKEN_TILE, Policy
 from lowprec.linear.module import QuantizedLinear
 from lowprec.linear.precision import Precision, Rule
+from lowprec.linear.product import TILE, Policy, padded_sizes
 from lowprec.linear.recipe import BF16, LinearRecipe
 from lowprec.numerics import Clock
 
@@ -76,7 +79,9 @@ class Plan:
     precision: Precision
     entries: tuple[Entry, ...]
     clock: Clock
-    layers: dict[str, QuantizedLinear]
+    policy: Policy
+    layers: dict[str, QuantizedLinear] = field(default_factory=dict)
+    cores: dict[str, AttentionCore] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, precision: Precision, seed: int = 0, backend: str | None = None) -> Plan:
@@ -93,7 +98,7 @@ class Plan:
         """
         if backend is not None:
             choose(backend, BF16.fprop, "fprop", None, 1, 1, torch.bfloat16, torch.device("cpu"))  # checks the name
-            precision = Precision(precision.linear, precision.rules, precision.schedule, backend, precision.pad)
+            precision = dataclasses.replace(precision, backend=backend)
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         if not linears:
             raise ValueError("the model has no nn.Linear layer; there is nothing to plan")
@@ -108,7 +113,7 @@ class Plan:
             used.add(rule)
             entries.append(Entry(name, module.out_features, module.in_features, rule.recipe, rule))
         for rule, pattern in patterns:
-            if rule not in used:
+            if rule not in used and not rule.optional:
                 taken = any(pattern.fullmatch(name) for name in linears)
                 why = (
                     "all it matches was decided by earlier rules"
@@ -118,16 +123,17 @@ class Plan:
                 raise ValueError(
                     f'rule {{match: "{rule.match}", recipe: {rule.recipe}}} decides no layer: {why}; change it'
                 )
-        return cls(precision, tuple(entries), Clock(seed), {})
+        policy = Policy(precision.backend, precision.pad, precision.save)
+        return cls(precision, tuple(entries), Clock(seed), policy)
 
     def apply(self, model: nn.Module) -> None:
         """Turn the planned layers into :class:`QuantizedLinear`, in place (also on the meta device)."""
-        policy = Policy(self.precision.backend, self.precision.pad)
         for entry in self.entries:
             module = model.get_submodule(entry.layer)
             assert isinstance(module, nn.Linear)
-            recipe = self.precision.linear[entry.recipe]
-            self.layers[entry.layer] = QuantizedLinear.convert(module, recipe, self.clock, entry.layer, policy)
+            recipes = self.precision.versions(entry.recipe)
+            self.layers[entry.layer] = QuantizedLinear.convert(module, recipes, self.clock, entry.layer, self.policy)
+        self.cores = apply_attention(model, self.precision.attention, self.clock, self.policy)
         self.at(0.0)
 
     def at(self, progress_frac: float) -> None:
@@ -136,17 +142,40 @@ class Plan:
         for entry in self.entries:
             self.layers[entry.layer].recipe = recipes[entry.recipe]
 
+    @property
+    def states(self) -> dict[str, state.LayerState]:
+        """What the layers remember between steps, by layer; layers that remember nothing are left out."""
+        return {name: layer.state for name, layer in self.layers.items() if layer.state.memories}
+
     @contextlib.contextmanager
     def high_precision(self) -> Iterator[None]:
         """Inside, every layer runs unquantised: how good are the weights themselves?"""
-        before = {name: layer.recipe for name, layer in self.layers.items()}
+        before = [(layer, layer.recipe) for layer in self.layers.values()]
+        cores = [(core, core.recipe) for core in self.cores.values()]
         try:
-            for layer in self.layers.values():
+            for layer, _ in before:
                 layer.recipe = BF16
+            for core, _ in cores:
+                core.recipe = None
             yield
         finally:
-            for name, layer in self.layers.items():
-                layer.recipe = before[name]
+            for layer, recipe in before:
+                layer.recipe = recipe
+            for core, attention in cores:
+                core.recipe = attention
+
+    def end_step(self, step: int, accept: torch.Tensor | None = None) -> None:
+        """After the optimizer: let the layers remember what they saw (see :func:`lowprec.linear.state.end_step`)."""
+        self.policy.shared.clear()
+        state.end_step(self.states, step, accept)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What all layers remember, as ``{"layer/key": fp32 tensor}``; empty for most recipes."""
+        return state.state_dict(self.states)
+
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Inverse of :meth:`state_dict`; ValueError if the tensors are of other recipes."""
+        state.load_state_dict(self.states, tensors)
 
     def fingerprint(self) -> str:
         """Short hash of everything here that changes numbers: layers, recipes, schedule, padding (not the backend)."""
@@ -157,6 +186,7 @@ class Plan:
             repr([(e.layer, e.out_features, e.in_features, p.linear[e.recipe]) for e in self.entries])
             + repr(schedule)
             + p.pad
+            + repr((p.deoscillation, p.attention))
         )
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -188,6 +218,10 @@ class Plan:
         for change in self.precision.schedule:
             target = f"{change.recipe}.{change.gemm}" if change.gemm else change.recipe
             lines.append(f"schedule: from {change.start:.0%} of training, {target} as in {change.replacement.name}")
+        if self.precision.attention:
+            lines += ["", "attention", *("  " + line for line in self.precision.attention.describe().splitlines())]
+        if self.precision.deoscillation:
+            lines += ["", f"{self.precision.deoscillation}"]
         lines += ["", *remarks, f"plan {self.fingerprint()}, {len(self.entries)} linear layers"]
         return "\n".join(lines)
 
@@ -196,28 +230,22 @@ class Plan:
     ) -> str:
         names = []
         recipe: LinearRecipe = self.precision.linear[entry.recipe]
-        if tokens is not None and self.precision.pad == "zero":
-            tokens += -tokens % TOKEN_TILE
-        out, inp = entry.out_features, entry.in_features
-        for role, (m, n, k) in {
+        out, inp, pad = entry.out_features, entry.in_features, self.precision.pad
+        for role, sizes in {
             "fprop": (tokens, out, inp),
             "dgrad": (tokens, inp, out),
             "wgrad": (out, inp, tokens),
         }.items():
             gemm = getattr(recipe, role)
-            padded = []
-            for size, multiple in zip((m, n, k), gemm.multiples()):
-                wanted = None if size is None else size + -size % multiple
-                if wanted != size:
-                    action = (
-                        f"is padded to {wanted}"
-                        if self.precision.pad == "zero"
-                        else "is refused when it runs (pad: refuse)"
-                    )
+            m, n, k = (size or TILE for size in sizes)
+            whole = padded_sizes(gemm, m, n, k, pad)
+            padded = [None if size is None else wanted for size, wanted in zip(sizes, whole)]
+            for size, wanted in zip(sizes, padded):
+                if gemm.quantized and size != wanted:
+                    action = f"is padded to {wanted}" if pad == "zero" else "is refused when it runs (pad: refuse)"
                     remarks[
-                        f"note: {entry.layer} {role}: a size of {size} is no multiple of {multiple} and {action}"
+                        f"note: {entry.layer} {role}: whole blocks need {wanted} instead of {size}: it {action}"
                     ] = None
-                padded.append(wanted)
             assert padded[1] is not None
             chosen, refusals = choose(
                 self.precision.backend, gemm, role, padded[0], padded[1], padded[2], dtype, device

@@ -15,10 +15,13 @@ ordinary attention cut into blocks of queries, so that a block skips the keys af
 key head folded into the rows of a single product. Its scores are rounded to the compute dtype, as eager attention does
 everywhere: about 49 dB in bf16 against 54 for flash. Elsewhere this is torch's `scaled_dot_product_attention`.
 
-This is the attention core in the compute dtype: it is not quantised by any recipe, only its four projections are.
+This is the attention core in the compute dtype. A precision recipe quantises the four projections around it and, if
+it says so, puts another function in the place of `Attention.core`.
 
 Shapes: B batch, T tokens, H query heads, K key/value heads, G = H / K, D width of a head.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -107,12 +110,13 @@ def _blocked(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias_B1TT: Tensor) 
 
 
 class Attention(nn.Module):
-    """q, k, v, o projections around `attend`; x_BTC -> y_BTC in x's dtype."""
+    """q, k, v, o projections around `core`; x_BTC -> y_BTC in x's dtype."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.dim_per_head
         self.width = width
+        self.core: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = attend  # a plan may replace it
 
         def linear(n_in: int, n_out: int) -> nn.Linear:
             return nn.Linear(n_in, n_out, bias=False, dtype=torch.float32)
@@ -128,5 +132,5 @@ class Attention(nn.Module):
         # head counts come from the projections' outputs, so a tensor-parallel shard holds a part of the heads
         q, k, v = (proj(x_BTC).unflatten(-1, (-1, self.width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = context.rotate(self.q_norm(q)), context.rotate(self.k_norm(k))
-        y_BHTD = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context.bias_B1TT)
+        y_BHTD = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context.bias_B1TT)
         return self.o_proj(y_BHTD.transpose(1, 2).flatten(2))

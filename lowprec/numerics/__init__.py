@@ -9,8 +9,10 @@ ours.
 
 from lowprec.numerics.element import ELEMENTS, Element
 from lowprec.numerics.error import sqnr_db
-from lowprec.numerics.format import FORMATS, Format, QTensor
-from lowprec.numerics.hadamard import fixed_signs, hadamard, rotate
+from lowprec.numerics.format import Format
+from lowprec.numerics.formats import FORMATS
+from lowprec.numerics.hadamard import fixed_signs, hadamard, hadamard_order_refusal, rotate
+from lowprec.numerics.qtensor import QTensor
 from lowprec.numerics.stream import Clock, Stream
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Stream",
     "fixed_signs",
     "hadamard",
+    "hadamard_order_refusal",
     "rotate",
     "sqnr_db",
 ]

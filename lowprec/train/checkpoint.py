@@ -14,6 +14,7 @@ time.
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch.distributed as dist
@@ -21,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lowprec.parallel import World
-from lowprec.train.state import TrainState
+from lowprec.train.state import OPTIONAL, TrainState
 
 _COMMITTED = ".metadata"
 
@@ -52,14 +53,24 @@ class Checkpoints:
         dist.broadcast_object_list(newest, src=0, group=self.world.control)
         return newest[0]
 
-    def load(self, state: TrainState, step: int) -> None:
-        """Fills `state` in place from the checkpoint of `step`. Raises ValueError if it does not fit; a collective."""
+    def load(self, state: TrainState, step: int) -> list[str]:
+        """Fills `state` in place from the checkpoint of `step`; a collective. Raises ValueError if it does not fit.
+
+        Returns the keys of recipes' memories that it does not hold, or not in this shape: they begin anew.
+        """
+        state.oscillation.reopen(step)
         wanted = state.state_dict()
         try:
+            optional = [key for key in wanted if key.startswith(OPTIONAL)]
+            held = dcp.FileSystemReader(self._path(step)).read_metadata().state_dict_metadata if optional else {}
+            missing = [key for key in optional if getattr(held.get(key), "size", None) != wanted[key].shape]
+            for key in missing:
+                del wanted[key]
             dcp.load(wanted, checkpoint_id=self._path(step), process_group=self.world.storage)
-        except (CheckpointException, RuntimeError, KeyError, OSError) as error:
+        except (CheckpointException, RuntimeError, KeyError, OSError, EOFError, UnpicklingError) as error:
             raise ValueError(f"the checkpoint {self._path(step)} cannot be read: {_last_line(error)}") from error
         state.load_state_dict(wanted)
+        return missing
 
     def save(self, state: TrainState) -> None:
         """Saves `state` under its step, unless it is there already, and then prunes older ones; a collective."""

@@ -53,6 +53,8 @@ class Narrator:
         for key, label in (("val_loss", "val"), ("val_loss_high_precision", "val (high precision)")):
             if key in record:
                 line.append(f"  {label} {record[key]:.4f}", style="green")
+        if "osc_ratio" in record:
+            line.append(f"  put to rest {record['osc_ratio']:.2%} of weights")
         self.console.print(line, soft_wrap=True)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)

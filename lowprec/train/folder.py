@@ -101,10 +101,13 @@ def refuse_other_data(folder: Folder, world: World, fingerprint: dict[str, Any],
 
 def _same_past(before: Run, now: Run, steps_done: int) -> bool:
     a, b = before.train.steps, now.train.steps
-    switches = [change.start for change in load_precision(now.precision).schedule]
+    precision = load_precision(now.precision)
+    switches = [change.start for change in precision.schedule]
+    rest = precision.deoscillation
     return steps_done <= min(a, b) and all(
         learning_rate(step, a, now.schedule, now.optim.lr) == learning_rate(step, b, now.schedule, now.optim.lr)
         and all((step / a >= switch) == (step / b >= switch) for switch in switches)
+        and (rest is None or rest.window_of(step, a) == rest.window_of(step, b))
         for step in range(steps_done)
     )
 

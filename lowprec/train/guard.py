@@ -16,9 +16,8 @@ class Guard:
     def __init__(self, device: torch.device) -> None:
         self._bad_step = torch.zeros((), dtype=torch.int64, device=device)  # first bad step, 0 = none
 
-    def watch(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Remembers `step` if either scalar is not finite. No synchronisation."""
-        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    def watch(self, step: int, finite: torch.Tensor) -> None:
+        """Remembers `step` if its loss or gradient norm was not `finite` (() bool). No synchronisation."""
         self._bad_step = torch.where((self._bad_step == 0) & ~finite, step, self._bad_step)
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ bears the number of steps done after it: 1 .. train.steps.
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -63,9 +64,9 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
     guard, watch, fingerprint = Guard(world.device), Stopwatch(), session.plan.fingerprint()
     reason = stop.poll(world)
     while state.step < t.steps and reason is None:
-        loss, grad_norm, lr, data_s = train_step(session)
-        guard.watch(state.step, loss, grad_norm)
-        watch.lap(data_s)
+        done = train_step(session)
+        guard.watch(state.step, done.finite)
+        watch.lap(done.data_s)
         is_last = state.step == t.steps
 
         validation: Record = {}
@@ -74,17 +75,17 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
             with watch.paused():
                 validation = validation_losses(session, stop)
 
-        if is_last or validation or state.step % t.log_every == 0:
+        if is_last or validation or done.reset or state.step % t.log_every == 0:
             guard.check()
             record: Record = {
                 "step": state.step,
                 "tokens": state.tokens,
-                "loss": loss.item(),
-                "lr": lr,
-                "grad_norm": grad_norm.item(),
+                "loss": done.loss.item(),
+                "lr": done.lr,
+                "grad_norm": done.grad_norm.item(),
             }
             record |= watch.record(t.global_batch * run.data.seq_len)
-            record |= {"mem_bytes": peak_memory_bytes(world.device), "plan": fingerprint} | validation
+            record |= {"mem_bytes": peak_memory_bytes(world.device), "plan": fingerprint} | done.reset | validation
             if metrics:
                 metrics.write(record)
                 out.step(record)
@@ -100,8 +101,20 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
     return reason
 
 
-def train_step(session: Session) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """One optimizer step; advances the state. Returns (loss, grad_norm) as device scalars, lr, seconds for data."""
+@dataclass(frozen=True)
+class Done:
+    """What one step was: device scalars, so that the host need not wait for them."""
+
+    loss: torch.Tensor  # fp32, nats
+    grad_norm: torch.Tensor  # fp32, before clipping
+    finite: torch.Tensor  # bool: both are numbers
+    lr: float
+    data_s: float  # waiting for data
+    reset: Record  # of de-oscillation, {} where it did not act
+
+
+def train_step(session: Session) -> Done:
+    """One optimizer step; advances the state."""
     run, t, state, plan = session.run, session.run.train, session.state, session.plan
     started_s = time.perf_counter()
     batch = state.loader.next_step()
@@ -114,12 +127,16 @@ def train_step(session: Session) -> tuple[torch.Tensor, torch.Tensor, float, flo
     lr = learning_rate(state.step, t.steps, run.schedule, run.optim.lr)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
+    state.oscillation.before_update(state.step)
     state.optimizer.step()
     state.optimizer.zero_grad()
+    finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    plan.end_step(state.step, accept=finite)
+    reset = state.oscillation.after_update(state.step)
 
     state.step += 1
     state.tokens += t.global_batch * run.data.seq_len
-    return loss, grad_norm, lr, data_s
+    return Done(loss, grad_norm, finite, lr, data_s, reset)
 
 
 def forward_backward(session: Session, batch: Step) -> torch.Tensor:

@@ -13,6 +13,10 @@
     attempt                  always       1 for the first start of this run folder, 2 after the first restart, ...
     val_loss                 evaluation   validation loss with the recipe on
     val_loss_high_precision  evaluation   validation loss of the same weights with every layer unquantised
+    osc_ratio                reset        share of the tracked weights that de-oscillation has set to their value
+    osc_mean                 reset        their mean d_Q / d_w over the window, weighted by d_w
+
+A step that ends a window of de-oscillation ("reset") is always recorded.
 
 A line is written in one call and flushed, so a killed process leaves at most one torn last line, which readers
 ignore. A resumed run first drops the lines of steps it will do again: there is one line per step, whatever happened

@@ -17,6 +17,7 @@ from lowprec.parallel import World, parallelize
 from lowprec.train.checkpoint import Checkpoints, committed
 from lowprec.train.console import Narrator
 from lowprec.train.folder import Folder, open_folder, refuse_other_data
+from lowprec.train.oscillation import Oscillation, refuse
 from lowprec.train.state import TrainState
 
 DTYPES = {ComputeDtype.bf16: torch.bfloat16, ComputeDtype.fp32: torch.float32}
@@ -49,6 +50,7 @@ def plan_model(run: Run) -> tuple[Transformer, Plan]:
         model = build(run.model, dtype=DTYPES[run.train.dtype])
     plan = Plan.of(model, load_precision(run.precision), seed=run.seed)
     plan.apply(model)
+    refuse(plan)
     return model, plan
 
 
@@ -74,11 +76,13 @@ def open_session(run: Run, world: World) -> Session | None:
     model, plan = plan_model(run)
     parallelize(model, model.layers, world, run.parallel, DTYPES[t.dtype])
     loader = Loader(data.train, run.data.seq_len, t.global_batch, t.micro_batch, world.rank, world.size, run.seed)
-    state = TrainState(model, build_optimizer(model, run.optim), loader)
+    oscillation = Oscillation(plan, t.steps, DTYPES[t.dtype])
+    state = TrainState(model, build_optimizer(model, run.optim), loader, plan, oscillation)
     checkpoints = Checkpoints(folder.checkpoints, world, t.keep_last, t.keep_every, t.checkpoint_async)
     checkpoints.clean()
     if done:
-        checkpoints.load(state, done)
+        if missing := checkpoints.load(state, done):
+            narrator.say(f"the checkpoint does not hold {len(missing)} of the recipe's memories, which begin anew")
     else:
         model.init_weights(run.seed)
 

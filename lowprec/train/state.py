@@ -1,8 +1,13 @@
 """TrainState: all that a run must remember to go on as if it had never stopped.
 
-Weights, optimizer moments, and three numbers' worth of bookkeeping: the step, the tokens, and where the loader stands.
-There is no random state to keep: every random bit is a function of (seed, step, micro-batch, layer, role). There is no
-schedule state: learning rate and precision are functions of the step. The W&B run id lives in the run folder.
+Weights, optimizer moments, what the layers' recipes remember (amax histories and the like; most remember nothing), the
+open window of de-oscillation if there is one, and three numbers' worth of bookkeeping: the step, the tokens, and where
+the loader stands. There is no random state to keep: every random bit is a function of (seed, step, micro-batch, layer,
+role). There is no schedule state: learning rate and precision are functions of the step. The W&B run id lives in the
+run folder.
+
+Keys in a checkpoint: ``model.<name>``, ``optim...``, ``progress``, ``precision/<layer>/<key>`` (replicated) and
+``oscillation/<layer>/<key>`` (sharded like the weight).
 """
 
 import json
@@ -13,7 +18,12 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lowprec.data import Loader
+from lowprec.linear import Plan
 from lowprec.model import Transformer
+from lowprec.train.oscillation import Oscillation
+
+OPTIONAL = ("precision/", "oscillation/")
+"""Keys that a checkpoint need not have: one of another recipe (`run.allow_change`) starts without such memories."""
 
 
 @dataclass
@@ -23,16 +33,22 @@ class TrainState:
     model: Transformer
     optimizer: torch.optim.Optimizer
     loader: Loader
+    plan: Plan
+    oscillation: Oscillation
     step: int = 0  # optimizer steps done
     tokens: int = 0  # tokens consumed
 
     def state_dict(self) -> dict[str, Any]:
-        """{"model": ..., "optim": ..., "progress": JSON text}; the first two by parameter name."""
+        """{"model": ..., "optim": ..., "progress": JSON text}, the first two by parameter name, and OPTIONAL keys."""
         model, optim = get_state_dict(self.model, self.optimizer)
         progress = {"step": self.step, "tokens": self.tokens, "loader": self.loader.state_dict()}
-        return {"model": model, "optim": optim, "progress": json.dumps(progress)}
+        state: dict[str, Any] = {"model": model, "optim": optim, "progress": json.dumps(progress)}
+        state |= {f"precision/{key}": tensor for key, tensor in self.plan.state_dict().items()}
+        return state | {f"oscillation/{key}": tensor for key, tensor in self.oscillation.state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse; memories that are missing stay as they are, an open window of which anything is missing is given up.
+        The window must be there already: `oscillation.reopen`."""
         set_state_dict(
             self.model,
             self.optimizer,
@@ -42,3 +58,9 @@ class TrainState:
         progress = json.loads(state_dict["progress"])
         self.step, self.tokens = progress["step"], progress["tokens"]
         self.loader.load_state_dict(progress["loader"])
+        self.plan.load_state_dict(self.plan.state_dict() | _under("precision/", state_dict))
+        self.oscillation.load_state_dict(_under("oscillation/", state_dict))
+
+
+def _under(prefix: str, state_dict: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}

@@ -92,11 +92,14 @@ def test_a_failing_compiler_and_an_unusable_cache_are_reported(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("gemm", "sizes", "words"),
     [
-        (Gemm(), (64, 64, 64), "not quantised"),
-        (Gemm(Operand(FORMATS["nvfp4"]), Operand()), (64, 64, 64), "not quantised"),
-        (Gemm(Operand(FORMATS["int8_row"]), Operand(FORMATS["int8_row"])), (64, 64, 64), "int8"),
-        (Gemm(Operand(FORMATS["nvfp4"]), Operand(FORMATS["mxfp4"])), (64, 64, 64), "16 and 32"),
-        (dataclasses.replace(NVFP4, inner=Rotation(8)), (64, 64, 64), "size 8"),
+        (Gemm(), (64, 64, 64), "neither operand"),
+        (Gemm(*(Operand(FORMATS["if4"]),) * 2), (64, 64, 64), "two elements"),
+        (Gemm(*(Operand(FORMATS["quest_int4"], "stochastic"),) * 2), (64, 64, 64), "stochastically"),
+        (Gemm(*(Operand(dataclasses.replace(FORMATS["nvfp4_46"], block=(1, 256))),) * 2), (64, 64, 256), "targets"),
+        (Gemm(*(Operand(dataclasses.replace(FORMATS["nvfp4_46"], block=(32, 16))),) * 2), (64, 64, 64), "targets"),
+        (Gemm(*(Operand(FORMATS["int8_row"]),) * 2), (64, 64, 262144), "overflow"),
+        (dataclasses.replace(NVFP4, inner=Rotation(0)), (64, 64, 944), "Hadamard"),
+        (dataclasses.replace(NVFP4, inner=Rotation(256)), (64, 64, 128), "k = 128"),
         (NVFP4, (60, 64, 64), "m = 60 is not a positive multiple of 16"),
         (NVFP4, (64, 64, 72), "k = 72"),
         (Gemm(Operand(FORMATS["fp8_1x128"]), Operand(FORMATS["fp8_128x128"])), (64, 64, 128), "n = 64"),
@@ -111,8 +114,10 @@ def test_refusals_name_the_reason(gemm: Gemm, sizes: tuple[int, int, int], words
 
 
 def test_other_devices_and_dtypes_are_refused() -> None:
-    """CUDA tensors and half precision are somebody else's."""
+    """CUDA tensors and half precision are somebody else's, and so is an unquantised operand in fp32."""
     backend = CpuBackend()
+    one_sided = Gemm(Operand(FORMATS["nvfp4"]), Operand())
+    assert "bfloat16" in str(backend.refuses(one_sided, "fprop", 64, 64, 64, torch.float32, CPU))
     assert "cuda" in str(backend.refuses(NVFP4, "fprop", 64, 64, 64, torch.bfloat16, torch.device("cuda")))
     assert "float16" in str(backend.refuses(NVFP4, "fprop", 64, 64, 64, torch.float16, CPU))
 

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from lowprec.numerics import ELEMENTS, Stream
 
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-LARGEST = {"e2m1": 6, "e1m2": 3.5, "e3m2": 28, "e2m3": 7.5, "e4m3": 448, "e5m2": 57344, "ue5m3": 61440,
+MASKED = {f"e8m{m}" if m else "e8m0_signed": (2 - 2.0**-m) * 2.0**127 for m in range(8)}
+LARGEST = {**MASKED, **{f"midrise{b}": 2 ** (b - 1) - 0.5 for b in range(1, 9)}, "if4_int": 6,
+           "e2m1": 6, "e1m2": 3.5, "e3m2": 28, "e2m3": 7.5, "e4m3": 448, "e5m2": 57344, "ue5m3": 61440,
            "e8m0": 2.0**127,
            "int2": 1, "int3": 3, "int4": 7, "int5": 15, "int6": 31, "int7": 63, "int8": 127, "ternary": 1}  # fmt: skip
-BITS = {"e2m1": 4, "e1m2": 4, "e3m2": 6, "e2m3": 6, "ternary": 2, **{f"int{b}": b for b in range(2, 9)}}
+BITS = {**{name: 9 + m for m, name in enumerate(MASKED)}, **{f"midrise{b}": b for b in range(1, 9)}, "if4_int": 4,
+        "e2m1": 4, "e1m2": 4, "e3m2": 6, "e2m3": 6, "ternary": 2, **{f"int{b}": b for b in range(2, 9)}}  # fmt: skip
 
 
 def test_the_set_of_elements_and_their_ranges():
@@ -36,7 +39,7 @@ def test_fp8_equals_torch_casts_on_every_bf16_number(name):
 def test_codes_round_trip_and_are_distinct(name):
     """Decoding every code and encoding it again gives the code back (but for codes that stand for nothing)."""
     element = ELEMENTS[name]
-    codes = torch.arange(2**element.bits, dtype=torch.uint8)
+    codes = torch.arange(2**element.bits).to(torch.uint8 if element.bits <= 8 else torch.int32)
     values = element.decode(codes)
     real = ~values.isnan()
     expected = codes[real]
@@ -47,7 +50,20 @@ def test_codes_round_trip_and_are_distinct(name):
     assert torch.equal(element.encode(values[real]), expected)
 
 
-@pytest.mark.parametrize("name", [n for n in ELEMENTS if n != "e8m0"])
+def test_bf16_without_mantissa_bits_cut_is_the_cast_of_torch():
+    """e8m7 on fp32 bit patterns, subnormals included, and its codes are the bf16 bits."""
+    x = (
+        torch.randint(-(2**31), 2**31 - 1, (200000,), generator=torch.Generator().manual_seed(0))
+        .int()
+        .view(torch.float32)
+    )
+    x = x[x.isfinite() & (x.abs() < ELEMENTS["e8m7"].max)]
+    assert torch.equal(ELEMENTS["e8m7"].round(x), x.bfloat16().float())
+    assert torch.equal(ELEMENTS["e8m7"].encode(x).to(torch.int16), x.bfloat16().view(torch.int16))
+
+
+# The wide grids of masked bf16 are compared with torch above and with the list in test_rounding.py.
+@pytest.mark.parametrize("name", [n for n in ELEMENTS if n != "e8m0" and n not in MASKED])
 def test_nearest_is_nearest_and_ties_go_to_the_even_code(name):
     """Against brute force over the value list, at grid points, midpoints and their fp32 neighbours."""
     element = ELEMENTS[name]

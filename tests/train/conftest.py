@@ -84,6 +84,7 @@ def records(folder: Path) -> Records:
 def numbers(folder: Path) -> list[tuple[Any, ...]]:
     """What must be the same in two runs that are the same: all but times, memory and the count of attempts."""
     keys = ("step", "tokens", "loss", "lr", "grad_norm", "plan", "val_loss", "val_loss_high_precision")
+    keys += ("osc_ratio", "osc_mean")
     return [tuple(record.get(key) for key in keys) for record in records(folder)]
 
 
