@@ -45,6 +45,12 @@ ABLATIONS = [(name, overrides) for name in NAMES for overrides in ablations(name
 
 
 @functools.cache
+def wide_element() -> Element:
+    """An even grid of 2^21 values."""
+    return Element("wide", tuple(float(i) for i in range(2**20)))
+
+
+@functools.cache
 def tiny_model():
     with torch.device("meta"):
         return build(ModelConfig(vocab_size=512, dim=128, layers=6, heads=4, kv_heads=4, ffn_dim=384))
@@ -178,7 +184,7 @@ def relative_error(exact, out) -> float:
 def test_near_fp32_elements_give_the_exact_products(name, monkeypatch):
     """Rotations cancel, splits add up, forward values and reused codes come back turned: < 1e-5, also in the second
     step, when histories, held maxima and moving means are filled."""
-    monkeypatch.setitem(ELEMENTS, "wide", Element("wide", tuple(float(i) for i in range(2**20))))
+    monkeypatch.setitem(ELEMENTS, "wide", wide_element())
     layer = layer_of(mapped(load_recipe(name), widened))
     x, dy = biased_tensors()
     for step in (600, 601):
@@ -398,6 +404,45 @@ def test_chon_adds_the_error_of_hot_channels():
     hot = torch.zeros(K).index_fill(0, x.square().sum(0).topk(24).indices, 1.0)  # 24 = ceil(0.09 * 256)
     patch = fprop.a.format.quantize((x - x_q) * hot).dequantize()
     assert relative_error(((x_q + patch) @ w_q.T).double(), layer(x).detach()) < 1e-3
+
+
+ERRORS = {  # relative errors of y, dx, dw on Gaussian data, as the files' heads have them
+    "nvfp4": (0.146, 0.177, 0.167),
+    "quartet2": (0.123, 0.165, 0.165),
+    "quartet2_hp": (0.123, 0.140, 0.140),
+    "eden_46": (0.123, 0.154, 0.154),
+    "lowprec_max": (0.123, 0.128, 0.128),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_products_have_the_stated_errors(name):
+    layer, x, dy = layer_of(load_recipe(name)), gaussian(1, (T, K)), gaussian(2, (T, N))
+    exact, out = exact_products(layer, x, dy), passes(layer, x, dy)
+    assert [relative_error(exact[k], out[k]) for k in exact] == pytest.approx(ERRORS[name], rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["quartet2_hp", "lowprec_max", "mxfp4_rht_sr", "if4_eden"])
+def test_gradients_are_unbiased(name):
+    """The mean of 32 steps errs sqrt(32) times less: with backward operands of the original tensors, from the exact
+    gradient; otherwise (if4_eden) from that of the values the forward multiplied."""
+    recipe = load_recipe(name)
+    layer, x, dy = layer_of(recipe), gaussian(1, (T, K)), gaussian(2, (T, N))
+    exact = exact_products(layer, x, dy)
+    if recipe.wgrad.b.source == "fprop":
+        x_q, w_q = (
+            o.format.quantize(t).dequantize().double()
+            for o, t in ((recipe.fprop.a, x), (recipe.fprop.b, layer.weight.detach()))
+        )
+        exact |= {"dx": dy.double() @ w_q, "dw": dy.double().T @ x_q}
+    total = {key: torch.zeros_like(exact[key]) for key in ("dx", "dw")}
+    for step in range(32):
+        layer.clock.step = step
+        out = passes(layer, x, dy)
+        single = {key: relative_error(exact[key], out[key]) for key in total}
+        total = {key: total[key] + out[key] for key in total}
+    for key in total:
+        assert relative_error(exact[key], total[key] / 32) < 1.1 * single[key] / 32**0.5, key
 
 
 def test_constants_of_the_papers():

@@ -104,7 +104,8 @@ def median_row_db(exact: Tensor, got: Tensor) -> float:
 def layer_of(recipe: LinearRecipe, t: Tensors, backend: str) -> QuantizedLinear:
     """A quantised layer with fp32 masters of these weights."""
     outputs, inputs = t.w_NK.shape
-    layer = QuantizedLinear(inputs, outputs, bias=False, recipe=recipe, policy=Policy(backend))
+    device = t.w_NK.device
+    layer = QuantizedLinear(inputs, outputs, bias=False, device=device, recipe=recipe, policy=Policy(backend))
     layer.weight.data.copy_(t.w_NK)
     return layer
 
@@ -136,7 +137,7 @@ class Seen:
 
     Attributes:
         exact, rounded: the operand, and what enters the product in its place.
-        part, codes: its main part, and the element values that this is quantised to; None where it is not.
+        part, codes: its main part (all of it without a split), and the values and scales that this becomes.
     """
 
     exact: Tensor
@@ -171,7 +172,7 @@ def seen(layer: QuantizedLinear, t: Tensors, role: str, side: product.Side) -> S
     terms = product._terms(role, side, placed(value), tensors, call)
     main = terms.parts[0]
     amax = product._amax(role, name, main[0], main[1], gemm, call)
-    rounded, codes = torch.zeros(terms.of.shape), None
+    rounded, codes = torch.zeros(terms.of.shape, device=value.device), None
     for part, treatment in terms.parts:
         q = oracle.prepare(part, treatment, gemm.inner, call.stream, role, name, amax if part is main[0] else None)
         rounded += q.blockscaled() * q.tensor_scale.reshape(-1, 1)

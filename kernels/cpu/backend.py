@@ -1,14 +1,20 @@
 """CpuBackend: quantised matrix products on the CPU, in C++.
 
-One call quantises both operands, along whichever axis is contracted, straight into the layout the product reads, and
-multiplies: FP4 on the int8 unit (:file:`gemm_vnni.h`), everything else in bf16 (:file:`gemm_bf16.h`). Codes and scales
-are bit for bit those of :mod:`lowprec.numerics`; FP4 products are bit for bit those of ``lowprec/linear/oracle.py``,
-whatever the number of threads; FP8 products differ by the order of an fp32 sum inside a block.
+:meth:`CpuBackend.prepare` quantises an operand, along whichever axis is contracted, straight into the layout the products
+read; :meth:`CpuBackend.multiply` multiplies two of them: small integers (FP4, INT8, ...) on the int8 unit
+(:file:`gemm_vnni.h`), everything else in bf16 (:file:`gemm_bf16.h`), which holds all elements exactly.
+
+What is equal and what is bounded. Codes and scales are bit for bit those of :mod:`lowprec.numerics`. Products of integers
+in blocks along k are bit for bit those of ``lowprec/linear/oracle.py`` as long as a block's sum of products fits fp32's
+24 bits (FP4: any block; INT8: blocks up to 1024); beyond, and for one block over the whole axis, the sum here is exact and
+rounded once, where the definition's fp32 sum is not. FP8 and unquantised operands differ by the order of an fp32 sum
+inside a block: ``2 k 2^-24 sum|a||b|``. Nothing depends on the number of threads.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -16,62 +22,55 @@ import torch
 from torch import Tensor
 
 from lowprec.kernels.cpu.build import load
+from lowprec.kernels.cpu.operand import (
+    ANY,
+    INPUT_MAX,
+    LARGEST_TILE,
+    MODES,
+    OperandArgs,
+    PackedArgs,
+    PackedOperand,
+    code_scale,
+    element_args,
+    empty_packed,
+    fill_scale,
+    refuse_operand,
+)
 from lowprec.numerics import Format, Stream, fixed_signs
+from lowprec.numerics import rotate as rotate_torch
+from lowprec.numerics.hadamard import hadamard_order_refusal
+from lowprec.numerics.scale import block_size
 
-ELEMENT_CODES = {"e2m1": 0, "e4m3": 1, "e5m2": 2}
-SCALE_CODES = {
-    ("fp32", "rceil"): 0,
-    ("fp32", "floor"): 0,
-    ("e4m3", "rceil"): 1,
-    ("e4m3", "floor"): 1,
-    ("e8m0", "rceil"): 2,
-    ("e8m0", "floor"): 3,
-}
-ROTATION_SIZES = (16, 32, 64, 128)
 OPERAND_NAMES = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
-INPUT_MAX = {torch.float32: torch.finfo(torch.float32).max, torch.bfloat16: torch.finfo(torch.bfloat16).max}
 
 
-class OperandArgs(ctypes.Structure):
-    """``OperandArgs`` of api.cpp."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("free_size", "free_block", "k_block")),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("bf16", "contiguous_k", "element", "scale_rule", "element_exponent", "stochastic")
-        ),
-        *((name, ctypes.c_float) for name in ("element_max", "input_max")),
-        ("key", ctypes.c_uint32 * 2),
-    )
-
-
-class CallArgs(ctypes.Structure):
-    """``CallArgs`` of api.cpp."""
+class RotateArgs(ctypes.Structure):
+    """``RotateArgs`` of hadamard.h."""
 
     _fields_ = (
-        ("a", OperandArgs),
-        ("b", OperandArgs),
-        ("k", ctypes.c_int64),
-        ("rotation", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("factors", ctypes.c_void_p),
-        ("counter", ctypes.c_uint32 * 2),
+        *((name, ctypes.c_void_p) for name in ("x", "out", "factors")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "n")),
+        *((name, ctypes.c_int32) for name in ("bf16", "along_columns", "inverse", "threads")),
     )
 
 
 @lru_cache(maxsize=16)
-def _fixed_factors(size: int, signs: str) -> Tensor:
-    ones = torch.full((size,), size**-0.5, dtype=torch.float32, device="cpu")
-    return ones * fixed_signs(size) if signs == "fixed" else ones
+def _fixed_signs(size: int) -> Tensor:
+    return fixed_signs(size)
 
 
-def _factors(rotation: Any, stream: Stream, role: str) -> Tensor:
+def _signs(rotation: Any, stream: Stream, role: str, size: int) -> list[Tensor | None]:
+    """The signs (size,) of each round of a rotation."""
+    keys = [f"{role}.signs", f"{role}.signs2"][: rotation.rounds]
+    if rotation.signs == "none":
+        return [None for _ in keys]
+    return [_fixed_signs(size) if rotation.signs == "fixed" else stream.signs(key, size) for key in keys]
+
+
+def _factors(signs: Tensor | None, size: int) -> Tensor:
     """fp32 (size,): sign * size ** -0.5, what a block is multiplied with before the butterflies."""
-    if rotation.signs == "step":
-        return _fixed_factors(rotation.size, "none") * stream.signs(f"{role}.signs", rotation.size)
-    return _fixed_factors(rotation.size, rotation.signs)
+    factor = torch.full((size,), size**-0.5, dtype=torch.float32, device="cpu")
+    return factor if signs is None else factor * signs
 
 
 def _contiguous(x: Tensor) -> tuple[Tensor, bool]:
@@ -81,33 +80,24 @@ def _contiguous(x: Tensor) -> tuple[Tensor, bool]:
     return x.contiguous(), True
 
 
-def _fill(args: OperandArgs, x: Tensor, contiguous_k: bool, operand: Any, stream: Stream, key: str) -> None:
-    format: Format = operand.format
-    element = format.element_type
-    args.data, args.free_size = x.data_ptr(), x.shape[0]
-    args.free_block, args.k_block = format.block
-    args.bf16, args.contiguous_k = x.dtype == torch.bfloat16, contiguous_k
-    args.element, args.scale_rule = ELEMENT_CODES[format.element], SCALE_CODES[format.scale, format.scale_rounding or "rceil"]
-    args.element_max, args.input_max = element.max, INPUT_MAX[x.dtype]
-    args.element_exponent = int(element.max).bit_length() - 1
-    if operand.rounding == "stochastic":
-        args.stochastic = True
-        args.key[:] = stream.key(key)
+def rotate(x: Tensor, n: int, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
+    """:func:`lowprec.numerics.rotate` of a matrix x (rows, k), bit for bit, in x's memory order.
 
-
-def _refuse_format(format: Format | None) -> str | None:
-    if format is None:
-        return "one operand is not quantised; both must be"
-    if format.element not in ELEMENT_CODES:
-        return f"format {format.name} has element {format.element}; the kernels know {', '.join(ELEMENT_CODES)}"
-    free, contracted = format.block
-    if contracted % 16 or contracted & (contracted - 1):
-        return f"format {format.name} has blocks of {contracted} along k; the kernels know powers of two from 16, and 0"
-    if free > 1 and free % 16:
-        return (
-            f"format {format.name} has blocks of {free} along the free axis; the kernels know 0, 1 and multiples of 16"
-        )
-    return None
+    In C++ for powers of two, bf16 and fp32, and sizes that are multiples of 16; else by the definition itself.
+    """
+    source, contiguous_k = _contiguous(x)
+    rows, columns = (x.shape[0], x.shape[1]) if contiguous_k else (x.shape[1], x.shape[0])
+    if x.dtype not in INPUT_MAX or n < 2 or n & (n - 1) or x.shape[1] % n or columns % 16 or load()[0] is None:
+        return rotate_torch(x, n, signs, inverse)
+    out = torch.empty_strided(source.shape, source.stride(), dtype=x.dtype)
+    factors = _factors(signs, n)
+    factors = factors.repeat(16 // n) if n < 16 else factors
+    args = RotateArgs(
+        source.data_ptr(), out.data_ptr(), factors.data_ptr(), rows, columns, n,
+        x.dtype == torch.bfloat16, contiguous_k, inverse, torch.get_num_threads(),
+    )  # fmt: skip
+    _library().lowprec_rotate(ctypes.byref(args))
+    return out
 
 
 class CpuBackend:
@@ -132,83 +122,184 @@ class CpuBackend:
             return f"the operands are {dtype}; the C++ kernels read bfloat16 and float32"
         if role not in OPERAND_NAMES:
             return f"unknown product '{role}'; it serves {', '.join(OPERAND_NAMES)}"
-        reason = _refuse_format(gemm.a.format) or _refuse_format(gemm.b.format)
-        if reason:
-            return reason
-        blocks = gemm.a.format.block, gemm.b.format.block
-        if blocks[0][1] != blocks[1][1]:
-            return (
-                f"the two operands have different blocks along the contracted axis ({blocks[0][1]} and {blocks[1][1]})"
-            )
-        if gemm.inner is not None and gemm.inner.size not in ROTATION_SIZES:
-            return f"the rotation has size {gemm.inner.size}; the kernels know {', '.join(map(str, ROTATION_SIZES))}"
-        k_multiple = max(16, blocks[0][1], gemm.inner.size if gemm.inner else 1)
-        for axis, size, multiple in (
-            ("m", m, max(16, blocks[0][0])),
-            ("n", n, max(16, blocks[1][0])),
-            ("k", k, k_multiple),
-        ):
-            if size is not None and (size % multiple or size == 0):
-                return f"{axis} = {size} is not a positive multiple of {multiple}"
-        return load()[1] or None
+        if gemm.a.format is None and gemm.b.format is None:
+            return "neither operand is quantised"
+        for operand in (gemm.a, gemm.b):
+            reason = refuse_operand(operand.format, operand.rounding, operand.group, dtype)
+            if reason:
+                return reason
+        reason = _refuse_sizes(gemm, m, n, k)
+        return reason or load()[1] or None
 
-    def gemm(self, a: Tensor, b: Tensor, gemm: Any, stream: Stream, role: str, out_dtype: torch.dtype) -> Tensor:
-        """The product, for operands that :meth:`refuses` lets pass.
+    def prepare(
+        self, x: Tensor, gemm: Any, side: str, stream: Stream, role: str, amax: Tensor | None = None
+    ) -> PackedOperand:
+        """Rotate, quantise and pack one operand of a product that :meth:`refuses` lets pass.
 
         Args:
-            a, b: (m, k), (n, k), bf16 or fp32; transposed views are read in place.
-            gemm, role: the product.
+            x: (rows, k), bf16 or fp32; a transposed view is read in place.
+            gemm, side, role: the product, and whether x is its ``a`` or its ``b``.
             stream: random bits of the layer.
-            out_dtype: bf16 or fp32.
-
-        Returns:
-            (m, n) of ``out_dtype``.
+            amax: () fp32, the tensor's maximum to use instead of its own.
         """
-        assert a.shape[1] == b.shape[1] and out_dtype in INPUT_MAX, (a.shape, b.shape, out_dtype)
-        out = torch.empty(a.shape[0], b.shape[0], dtype=out_dtype)
-        call, keep = self._call(gemm, stream, role, a, b)
-        if _library().lowprec_gemm(ctypes.byref(call), ctypes.c_void_p(out.data_ptr()), out_dtype == torch.bfloat16):
-            raise MemoryError(f"no memory for the packed operands of {role} ({tuple(a.shape)} by {tuple(b.shape)})")
-        del keep
+        return self._prepare(x, gemm, side, stream, role, amax, may_fold=True)
+
+    def multiply(self, a: PackedOperand, b: PackedOperand, gemm: Any, out_dtype: torch.dtype) -> Tensor:
+        """Prepared operands (m, k), (n, k) -> (m, n) of ``out_dtype``, bf16 or fp32."""
+        assert a.k == b.k and out_dtype in INPUT_MAX, (a.k, b.k, out_dtype)
+        if not (a.args.int8 and b.args.int8 and a.args.block == b.args.block and a.args.biased and not b.args.biased):
+            a, b = _as_bf16(a), _as_bf16(b)
+        out = torch.empty(a.rows, b.rows, dtype=out_dtype)
+        pointers = ctypes.byref(a.args), ctypes.byref(b.args), ctypes.c_void_p(out.data_ptr())
+        _library().lowprec_multiply(*pointers, out_dtype == torch.bfloat16, torch.get_num_threads())
         return out
 
-    def quantize(self, x: Tensor, gemm: Any, side: str, stream: Stream, role: str) -> tuple[Tensor, Tensor, Tensor]:
-        """What operand ``side`` ("a" or "b") of a product becomes: for tests and for looking inside.
+    def stored(self, prepared: PackedOperand, gemm: Any, side: str) -> PackedOperand:
+        """The operand in the least memory known, to be kept for the backward."""
+        return prepared
+
+    def unpacked(self, prepared: PackedOperand, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What a prepared operand stands for: values * block scales (rows, k), and the tensor scale () or (rows, 1).
 
         Args:
-            x: (rows, k), bf16 or fp32.
-            gemm, role, stream: as in :meth:`gemm`.
+            dtype: of the values, bf16 or fp32; FP4 and INT8 values times E4M3 or power-of-two scales are exact in bf16.
+        """
+        assert dtype in INPUT_MAX, dtype
+        out = torch.empty(prepared.rows, prepared.k, dtype=dtype)
+        pointer, is_bf16 = ctypes.c_void_p(out.data_ptr()), dtype == torch.bfloat16
+        _library().lowprec_dequantise(ctypes.byref(prepared.args), pointer, is_bf16, False, torch.get_num_threads())
+        return out, prepared.tensor_scale
+
+    def gemm(self, a: Tensor, b: Tensor, gemm: Any, stream: Stream, role: str, out_dtype: torch.dtype) -> Tensor:
+        """:meth:`prepare` both, :meth:`multiply`."""
+        pa, pb = self.prepare(a, gemm, "a", stream, role), self.prepare(b, gemm, "b", stream, role)
+        return self.multiply(pa, pb, gemm, out_dtype)
+
+    def quantize(
+        self, x: Tensor, gemm: Any, side: str, stream: Stream, role: str, amax: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What operand ``side`` ("a" or "b") of a product becomes: for tests and for looking inside.
 
         Returns:
-            Element values (rows, k), scales (rows, blocks) and tensor scale (), all fp32.
+            Element values (rows, k), scales (rows, blocks) and tensor scale () or (rows, 1), all fp32.
         """
-        rows, k = x.shape
-        operand = gemm.a if side == "a" else gemm.b
-        values = torch.empty(rows, k)
-        scales, tensor_scale = torch.empty(rows, k // (operand.format.block[1] or k)), torch.empty(())
-        one_sided = type(gemm)(operand, operand, gemm.inner)
-        call, keep = self._call(one_sided, stream, role, x, x, names=(OPERAND_NAMES[role][side == "b"],) * 2)
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (values, scales, tensor_scale)]
-        if _library().lowprec_quantize(ctypes.byref(call), *pointers):
-            raise MemoryError(f"no memory for the packed operand ({rows}, {k})")
-        del keep
-        return values, scales, tensor_scale
+        packed = self._prepare(x, gemm, side, stream, role, amax, may_fold=False)
+        values, scales = torch.empty(packed.rows, packed.k), torch.empty(packed.rows, packed.k // packed.args.block)
+        pointers = ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(scales.data_ptr())
+        _library().lowprec_unpack(ctypes.byref(packed.args), *pointers)
+        return values, scales, packed.tensor_scale
 
     @staticmethod
-    def _call(
-        gemm: Any, stream: Stream, role: str, a: Tensor, b: Tensor, names: tuple[str, str] | None = None
-    ) -> tuple[CallArgs, tuple[Tensor | None, ...]]:
-        """The arguments of a call, and the tensors that must outlive it."""
-        name_a, name_b = names or OPERAND_NAMES[role]
-        (a, a_contiguous), (b, b_contiguous) = _contiguous(a), _contiguous(b)
-        call = CallArgs(k=a.shape[1], threads=torch.get_num_threads())
-        _fill(call.a, a, a_contiguous, gemm.a, stream, f"{role}.{name_a}")
-        _fill(call.b, b, b_contiguous, gemm.b, stream, f"{role}.{name_b}")
-        call.counter[:] = (stream.step & 0xFFFFFFFF, stream.micro & 0xFFFFFFFF)
-        factors = _factors(gemm.inner, stream, role) if gemm.inner else None
-        if factors is not None:
-            call.rotation, call.factors = gemm.inner.size, factors.data_ptr()
-        return call, (a, b, factors)
+    def _prepare(
+        x: Tensor, gemm: Any, side: str, stream: Stream, role: str, amax: Tensor | None, may_fold: bool
+    ) -> PackedOperand:
+        operand = gemm.a if side == "a" else gemm.b
+        format: Format | None = operand.format
+        rows, k = x.shape
+        args = OperandArgs(free_size=rows, k=k, threads=torch.get_num_threads(), may_fold=may_fold, biased=side == "a")
+        keep: list[Tensor] = []  # what the arguments point to
+        measured = format is not None and format.rule != "absmax"
+        if gemm.inner is not None:
+            size = gemm.inner.size or k
+            signs = _signs(gemm.inner, stream, role, size)
+            if size > LARGEST_TILE or size & (size - 1) or measured:
+                for one in signs:
+                    x = rotate(x, size, one)
+            else:
+                keep += [_factors(one, size) for one in signs]
+                args.rotation, args.rounds = size, len(signs)
+                args.factors[: len(signs)] = [factors.data_ptr() for factors in keep]
+        if measured:
+            keep.append(_sizes(x, format))
+            args.sizes = keep[-1].data_ptr()
+        if amax is not None:
+            keep.append(amax.detach().float().reshape(1).contiguous())
+            args.amax = keep[-1].data_ptr()
+        x, args.contiguous_k = _contiguous(x)
+        args.data, args.bf16 = x.data_ptr(), x.dtype == torch.bfloat16
+        key = f"{role}.{OPERAND_NAMES[role][side == 'b']}"
+        if format is None:
+            args.element.kind, block = ANY, k
+        else:
+            _fill(args, gemm, operand, x.dtype, stream, key)
+            block = format.block[1] or k
+        memory, packed = empty_packed(rows, k, block, bool(args.int8))
+        packed.biased, packed.code_scale = args.biased, args.code_scale
+        packed.uniform = format is not None and format.block[0] != 1
+        packed.code_max = args.code_scale * args.element.max
+        library = _library()
+        library.lowprec_advise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(memory.numel()))
+        library.lowprec_prepare(ctypes.byref(args), ctypes.byref(packed))
+        del keep
+        return PackedOperand(rows, k, memory, packed, format is not None and format.tensor_scale == "row")
+
+
+def _refuse_sizes(gemm: Any, m: int | None, n: int, k: int | None) -> str | None:
+    """Why the sizes of a product do not fit its blocks, or None."""
+    blocks = [operand.format.block if operand.format else (1, 0) for operand in (gemm.a, gemm.b)]
+    groups = [operand.group for operand in (gemm.a, gemm.b) if operand.rounding == "ms_eden"]
+    groups += [128 for operand in (gemm.a, gemm.b) if operand.format and operand.format.tensor_scale == 128]
+    rotation = max(gemm.inner.size, 1) if gemm.inner else 1
+    multiple = math.lcm(16, blocks[0][1] or 1, blocks[1][1] or 1, rotation, *groups)
+    for axis, size, least in (("m", m, max(16, blocks[0][0])), ("n", n, max(16, blocks[1][0])), ("k", k, multiple)):
+        if size is not None and (size % least or size == 0):
+            return f"{axis} = {size} is not a positive multiple of {least}"
+    if gemm.inner and not gemm.inner.size and k is not None and hadamard_order_refusal(k):
+        return hadamard_order_refusal(k)
+    if k is not None and _int8(gemm):
+        longest = (2**31 - 1) // int(math.prod(code_scale(f.element) * f.element_type.max for f in _formats(gemm)))
+        if (blocks[0][1] or k) > longest:
+            return f"k = {k}: the int32 sum of a block may overflow beyond {longest}"
+    return None
+
+
+def _formats(gemm: Any) -> list[Format]:
+    return [operand.format for operand in (gemm.a, gemm.b) if operand.format is not None]
+
+
+def _int8(gemm: Any) -> bool:
+    """Whether a product runs on the int8 unit: integers on both sides, in the same blocks along k."""
+    formats = _formats(gemm)
+    same = len(formats) == 2 and formats[0].block[1] == formats[1].block[1]
+    return same and all(code_scale(format.element) is not None for format in formats)
+
+
+def _fill(args: OperandArgs, gemm: Any, operand: Any, dtype: torch.dtype, stream: Stream, key: str) -> None:
+    format: Format = operand.format
+    args.free_block, args.k_block = format.block
+    args.mode, args.group = MODES[operand.rounding], operand.group
+    args.element.kind, args.element.min_exponent, args.element.mantissa = element_args(format.element)
+    args.element.max = format.element_type.max
+    args.int8 = _int8(gemm)
+    args.code_scale = code_scale(format.element) or 1.0
+    fill_scale(args.scale, format, dtype)
+    if operand.rounding == "stochastic":
+        args.key[:] = stream.key(key)
+    elif operand.rounding == "ms_eden":
+        args.scale_key[:] = stream.key(f"{key}.scale")
+    args.counter[:] = (stream.step & 0xFFFFFFFF, stream.micro & 0xFFFFFFFF)
+
+
+def _sizes(x: Tensor, format: Format) -> Tensor:
+    """Sizes of the blocks of x (rows, k), fp32 (R, C), by the format's rule: the definition itself."""
+    free, contracted = format.block[0] or x.shape[0], format.block[1] or x.shape[1]
+    blocks = x.float().unflatten(1, (-1, contracted)).unflatten(0, (-1, free))
+    return block_size(blocks, format.rule, format.coef).contiguous()
+
+
+def _as_bf16(packed: PackedOperand) -> PackedOperand:
+    """The same operand with bf16 values for codes: for a partner prepared for another product."""
+    if not packed.args.int8:
+        return packed
+    codes = torch.empty(packed.rows * packed.k * 2, dtype=torch.uint8)
+    args = PackedArgs.from_buffer_copy(packed.args)
+    args.codes, args.int8 = codes.data_ptr(), False
+    _library().lowprec_to_bf16(ctypes.byref(packed.args), ctypes.byref(args), torch.get_num_threads())
+    both = torch.cat([codes, packed.memory])
+    shift = both.data_ptr() + codes.numel() - packed.memory.data_ptr()
+    args.codes = both.data_ptr()
+    args.scales, args.starts, args.outer = args.scales + shift, args.starts + shift, args.outer + shift
+    return PackedOperand(packed.rows, packed.k, both, args, packed.by_row)
 
 
 def _library() -> ctypes.CDLL:

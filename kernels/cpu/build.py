@@ -89,7 +89,7 @@ def _run(command: list[str]) -> str:
 
 
 def build(
-    main: str = "api.cpp", flags: tuple[str, ...] = FLAGS, needed: tuple[str, ...] = NEEDED, headers: str = "*.h"
+    main: str = "api.cpp", flags: tuple[str, ...] = FLAGS, needed: tuple[str, ...] = NEEDED, headers: str = "[!q]*.h"
 ) -> Path:
     """Path of the library for this machine, built now if the cache has none.
 

@@ -1,6 +1,7 @@
 // C interface of the portable quantise-dequantise kernels, called through ctypes by qdq.py.
 #include <omp.h>
 
+#include "qdq_gemm.h"
 #include "qdq_tile.h"
 
 typedef void (*Visit)(const Job&, int64_t, int64_t, Scratch&);
@@ -49,6 +50,8 @@ template <class T> static uint32_t largest_of(const T* x, int64_t n, int threads
 
 extern "C" {
 int lowprec_qdq_lanes() { return W; }
+int lowprec_qdq_has_product() { return HAS_PRODUCT; }
+void lowprec_qdq_product(const Product* p) { multiply(*p); }
 void lowprec_qdq(const Job* j) { for_each_tile(*j, j->bf16 ? choose_output<uint16_t>(*j) : choose_output<float>(*j)); }
 void lowprec_qdq_sizes(const Job* j) { for_each_tile(*j, j->bf16 ? measure_tile<uint16_t> : measure_tile<float>); }
 // The same for one block, the whole tensor, unrotated: a straight pass.

@@ -39,6 +39,7 @@ SCALE_RULES = {
 }  # fmt: skip
 DEFAULT_ROUNDING = {"e8m0": "rceil", "e4m3": "nearest", "ue5m3": "nearest"}
 ZEROS = {"keep": 0, "one": 1, "min": 2}
+MAX_TARGETS = 4
 VECTOR, TILE, LARGEST_BLOCK, LARGEST_ROTATION = 16, 4096, 1024, 128
 OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 
@@ -52,18 +53,23 @@ _Element = _struct(
     "Element", min_exponent=_i32, mantissa=_i32, bits=_i32, twos_complement=_i32, masked=_i32, max=_f32, offset=_f32
 )
 _Scale = _struct(
-    "ScaleArgs", rule=_i32, te_2_14=_i32, zero=_i32, max_exponent=_i32, mantissa_bits=_i32, has_zero=_i32,
-    element_max=_f32, target=_f32, largest_target=_f32, inverse_target=_f32, target_ratio=_f32, inverse_guard=_f32,
-    input_max=_f32,
+    "ScaleArgs", rule=_i32, te_2_14=_i32, zero=_i32, max_exponent=_i32, mantissa_bits=_i32, has_zero=_i32, targets=_i32,
+    absolute=_i32, element_max=_f32, largest_target=_f32, inverse_guard=_f32, input_max=_f32, unit=_f32,
+    target=_f32 * MAX_TARGETS, inverse_target=_f32 * MAX_TARGETS, target_ratio=_f32 * MAX_TARGETS,
 )  # fmt: skip
 _Rotation = _struct("Rotation", size=_i32, axis=_i32, factors=_ptr)
 _Philox = _struct("Philox", key=ctypes.c_uint32 * 2, counter=ctypes.c_uint32 * 2)
 _Grid = _struct("Grid", data=_ptr, rows=_i64, columns=_i64, stride=_i64)
 _Job = _struct(
     "Job", x=_ptr, out=_ptr, rows=_i64, columns=_i64, block_rows=_i64, block_columns=_i64, tile_rows=_i64,
-    tile_columns=_i64, bf16=_i32, output=_i32, size_given=_i32, apply_scale=_i32, apply_level=_i32, stochastic=_i32,
-    threads=_i32, element=_Element, scale=_Scale, rotation=_Rotation, philox=_Philox, sizes=_Grid, scales=_Grid,
-    encode=_Grid, level=_Grid,
+    tile_columns=_i64, bf16=_i32, output=_i32, size_given=_i32, apply_scale=_i32, apply_level=_i32, join_level=_i32,
+    stochastic=_i32, contracted=_i32, threads=_i32, element=_Element, scale=_Scale, rotation=_Rotation, philox=_Philox, sizes=_Grid, scales=_Grid,
+    encode=_Grid, level=_Grid, whole=_Grid,
+)  # fmt: skip
+_Matrix = _struct("Matrix", data=_ptr, rows=_i64, row=_i64, step=_i64)
+_Product = _struct(
+    "Product", a=_Matrix, b=_Matrix, out=_ptr, scale_a=_ptr, scale_b=_ptr, k=_i64, scale_a_step=_i64, scale_b_step=_i64,
+    threads=_i32,
 )  # fmt: skip
 
 
@@ -97,8 +103,12 @@ def refuses(format: Format) -> str | None:
         return f"element {format.element} is not evenly spaced inside its binades"
     if format.second is not None:
         return f"format {format.name} chooses between two elements"
-    if len(format.targets) > 1:
-        return f"format {format.name} chooses between targets"
+    free, contracted = format.block
+    if len(format.targets) > 1 and (
+        len(format.targets) > MAX_TARGETS or not free * contracted or free & (free - 1) or contracted & (contracted - 1)
+        or ELEMENTS[format.element].max > 2.0**100
+    ):  # fmt: skip
+        return f"format {format.name} chooses between targets in blocks that are no powers of two"
     if max(format.block) > LARGEST_BLOCK or format.block[0] * format.block[1] > 4 * TILE:
         return f"blocks of {format.block[0]} x {format.block[1]} are larger than a tile"
     return None
@@ -155,6 +165,7 @@ class _Call:
         job, element = self.job, format.element_type
         job.x, (job.rows, job.columns) = self.memory.data_ptr(), self.memory.shape
         job.bf16, job.threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        job.contracted = 0 if self.transposed else 1
         if factors is not None:
             self.keep.append(factors)
             job.rotation = _Rotation(factors.numel(), 0 if self.transposed else 1, factors.data_ptr())
@@ -208,10 +219,12 @@ class _Call:
         element, rounding = f.element_type, f.scale_rounding or DEFAULT_ROUNDING.get(f.scale)
         guard = 1.0 if f.scale == "e8m0" else f.guard
         targets = [t / guard for t in f.targets or (element.max,)]
+        pad = (1.0,) * (MAX_TARGETS - len(targets))
         job.scale = _Scale(
             SCALE_RULES[f.scale, rounding], rounding == "te_2_14", ZEROS[f.zero], element.max_exponent,
-            element.mantissa_bits, element.values[0] == 0, element.max, targets[0], max(targets), 1.0 / targets[0],
-            max(targets) / targets[0], 1.0 / f.guard if f.scale == "e8m0" else 1.0, torch.finfo(self.x.dtype).max,
+            element.mantissa_bits, element.values[0] == 0, len(targets), f.select == "mae", element.max, max(targets),
+            1.0 / f.guard if f.scale == "e8m0" else 1.0, torch.finfo(self.x.dtype).max, f.tensor_max * max(targets),
+            (*targets, *pad), (*(1.0 / t for t in targets), *pad), (*(max(targets) / t for t in targets), *pad),
         )  # fmt: skip
         sizes = self._statistic() if f.rule != "absmax" else self.sizes(f.block) if 0 in f.block else None
         level = self._level(sizes, amax, f.tensor_max * max(targets))
@@ -247,16 +260,18 @@ class _Call:
             per = 128 // f.block[1] if f.tensor_scale == 128 else sizes.shape[1]
             whole = F.pad(sizes, (0, -sizes.shape[1] % per)).unflatten(1, (-1, per)).amax(2)
             whole = whole.amax().reshape(1, 1) if f.tensor_scale is True else whole
-        encode, level = rules.encode_scale(torch.where(whole.isfinite(), whole, torch.nan), unit)
+        whole = torch.where(whole.isfinite(), whole, torch.nan)
+        encode, level = rules.encode_scale(whole, unit)
+        job.whole = self._grid(whole, block)
         job.encode, job.level = self._grid(encode, block), self._grid(level, block)
         return level.reshape(()) if block == (0, 0) else level
 
-    def run(self, random: tuple[Stream, str] | None, out: Tensor, block_scale: bool, level: bool) -> Tensor:
+    def run(self, random: tuple[Stream, str] | None, out: Tensor, block_scale: bool, level: bool | str) -> Tensor:
         """Quantise into ``out`` (the memory's shape): values with or without scales, or codes. Returns block scales."""
         job = self.job
         scales, job.scales = self._new_grid(self.format.block)
         job.out, job.output = out.data_ptr(), OUTPUTS[out.dtype]
-        job.apply_scale, job.apply_level = block_scale, level
+        job.apply_scale, job.apply_level, job.join_level = block_scale, bool(level), level == "join"
         if random is not None:
             stream, key = random
             job.stochastic = True
@@ -274,7 +289,7 @@ def run(
     amax: Tensor | None = None,
     factors: Tensor | None = None,
     block_scale: bool = True,
-    level: bool = True,
+    level: bool | str = True,
     out: Tensor | None = None,
     march: str = "native",
 ) -> Result:
@@ -288,7 +303,8 @@ def run(
             position in memory.
         amax: () fp32, the maximum to use instead of the tensor's own.
         factors: (n,) fp32, sign * n ** -0.5, to rotate blocks of n along k first; n a power of two to 128 that divides k.
-        block_scale: multiply values by their block scales. level: ... by the tensor scale too.
+        block_scale: multiply values by their block scales. level: ... then by the tensor scale too; "join": by the
+            product of the two scales.
         out: where to write; x's memory layout and the right dtype.
         march: instruction set to compile for.
     """
@@ -296,8 +312,32 @@ def run(
     made = call.prepare(amax)
     out = torch.empty(call.memory.shape, dtype=dtype) if out is None else layout(out)[0]
     assert out.shape == call.memory.shape and out.dtype == dtype, (out.shape, out.dtype)
-    scales = call.run(random, out, block_scale, level and made is not None)
+    scales = call.run(random, out, block_scale, level if made is not None else False)
     return Result(out.T if call.transposed else out, scales, made)
+
+
+def product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, march: str = "native") -> Tensor | None:
+    """``a b^T * scale_a * scale_b^T`` of bf16 operands with fp32 sums and an fp32 result, or None on a CPU without such an
+    instruction.
+
+    Args:
+        a, b: (m, k), (n, k) bf16; each contiguous or a transposed view.
+        scale_a, scale_b: fp32, one number or one a row.
+    """
+    library, reason = load(march)
+    if library is None:
+        raise RuntimeError(reason)
+    if not library.lowprec_qdq_has_product():
+        return None
+    out = torch.empty(a.shape[0], b.shape[0])
+    a, b = (layout(t)[0].T if layout(t)[1] else layout(t)[0] for t in (a, b))
+    scales = [t.contiguous() for t in (scale_a, scale_b)]
+    job = _Product(
+        *(_Matrix(t.data_ptr(), t.shape[0], *t.stride()) for t in (a, b)), out.data_ptr(),
+        *(t.data_ptr() for t in scales), a.shape[1], *(t.numel() > 1 for t in scales), torch.get_num_threads(),
+    )  # fmt: skip
+    library.lowprec_qdq_product(ctypes.byref(job))
+    return out
 
 
 def quantize_dequantize(

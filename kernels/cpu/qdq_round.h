@@ -18,9 +18,10 @@ struct Element {
 template <bool STOCHASTIC, bool MASKED>
 struct Rounder {
   const Element e;
+  const bool shifted;  // a mid-rise grid
   U least, shift;  // patterns: of 2^E; of a factor 2^m (stochastic) or 2^(23-m)
   V max, offset;
-  explicit Rounder(const Element& element) : e(element) {
+  explicit Rounder(const Element& element) : e(element), shifted(element.offset != 0) {
     least = splat_bits((uint32_t)(127 + e.min_exponent) << 23);
     shift = splat_bits((uint32_t)(STOCHASTIC ? e.mantissa : 23 - e.mantissa) << 23);
     max = splat(e.max - e.offset);
@@ -43,7 +44,7 @@ struct Rounder {
       }
       return smallest(a, max);
     }
-    if (e.offset != 0) a = floats(bits(a - offset) & ~(U)((S)bits(a - offset) >> 31));
+    if (shifted) a = floats(bits(a - offset) & ~(U)((S)bits(a - offset) >> 31));
     a = smallest(a, max);
     const U exponent = largest(bits(a) & INF, least);
     if constexpr (!STOCHASTIC) {
@@ -80,9 +81,13 @@ struct Rounder {
 enum ScaleRule { NONE, FP32, POW2, E8M0_RCEIL, E8M0_FLOOR, E8M0_CEIL, E8M0_EVEN, E4M3, UE5M3 };
 enum ZeroRule { KEEP, ONE, MIN };
 
+constexpr int MAX_TARGETS = 4;
+
 struct ScaleArgs {
   int32_t rule, te_2_14, zero, max_exponent, mantissa_bits, has_zero;  // of the element: floor(log2(max)), mantissa, 0
-  float element_max, target, largest_target, inverse_target, target_ratio, inverse_guard, input_max;
+  int32_t targets, absolute;  // candidates a block chooses between; by the sum of |error|, else of its square
+  float element_max, largest_target, inverse_guard, input_max, unit;  // unit: what tensor sizes are divided by
+  float target[MAX_TARGETS], inverse_target[MAX_TARGETS], target_ratio[MAX_TARGETS];
 };
 
 INLINE V where(S condition, V a, V b) { return condition ? a : b; }
@@ -107,13 +112,13 @@ INLINE void power_of_two_scale(const ScaleArgs& s, V size, V& multiplier, V& sca
   scale = power(e);
 }
 
-INLINE void two_level_scale(const ScaleArgs& s, V size, V enc, V& multiplier, V& scale) {
+INLINE void two_level_scale(const ScaleArgs& s, int t, V size, V enc, V& multiplier, V& scale) {
   V wanted;
   if (s.te_2_14) {
     wanted = (size / s.largest_target) * enc;
-    if (s.target != s.largest_target) wanted *= s.target_ratio;
+    if (s.target[t] != s.largest_target) wanted *= s.target_ratio[t];
   } else {
-    wanted = size * (enc * s.inverse_target);
+    wanted = size * (enc * s.inverse_target[t]);
   }
   const bool wide = s.rule == UE5M3;  // the scale's own grid: three mantissa bits, exponents from -14 or from -6
   const V a = smallest(wanted, splat(wide ? 61440.f : 448.f));
@@ -123,14 +128,14 @@ INLINE void two_level_scale(const ScaleArgs& s, V size, V enc, V& multiplier, V&
   multiplier = smallest(1.f / (scale * (1.f / enc)), splat(FLT_MAX_));
 }
 
-// size: >= 0, or NaN for a block that holds one; enc: the tensor's encode scale (two-level rules only).
-INLINE void block_scale(const ScaleArgs& s, V size, V enc, V& multiplier, V& scale) {
+// size: >= 0, or NaN for a block that holds one; enc: the tensor's encode scale (two-level rules only); t: the target.
+INLINE void block_scale(const ScaleArgs& s, int t, V size, V enc, V& multiplier, V& scale) {
   const V nan = floats(splat_bits(QNAN));
   if (s.rule == NONE) multiplier = scale = splat(1.f);
-  else if (s.rule >= E4M3) two_level_scale(s, size, enc, multiplier, scale);
+  else if (s.rule >= E4M3) two_level_scale(s, t, size, enc, multiplier, scale);
   else if (s.rule >= E8M0_RCEIL) power_of_two_scale(s, size, multiplier, scale);
   else {
-    multiplier = splat(s.target) / size;
+    multiplier = splat(s.target[t]) / size;
     multiplier = where((S)(bits(multiplier) == INF), splat(s.input_max), multiplier);
     if (s.rule == POW2) {
       const V whole = floats(bits(multiplier) & INF), least = splat(0x1p-126f);

@@ -116,26 +116,22 @@ INLINE uint32_t maximum(U v) {
 struct Philox {
   uint32_t key[2], counter[2];  // counter: step, micro-batch
 };
-constexpr int PHILOX_GROUPS = W / 2, PHILOX_BITS = 8 * PHILOX_GROUPS;  // groups of eight 16-bit numbers a call
+constexpr int PHILOX_GROUPS = W / 2, PHILOX_STEP = 8 * PHILOX_GROUPS;  // groups of eight 16-bit numbers in one vector
+constexpr int PHILOX_CHAINS = 2, PHILOX_BITS = PHILOX_CHAINS * PHILOX_STEP;  // two at a time: each is one long chain
 
-// 16-bit numbers of the groups first, first + 1, ...: each 32-bit word lies in the low half of a 64-bit lane, where the
-// 32 x 32 -> 64 bit product wants it.
-INLINE void philox(const Philox& p, uint64_t first, uint16_t* out) {
-  L index;  // the order that leaves the words in sequence after one interleaving
-  for (int i = 0; i < PHILOX_GROUPS; i++) index[i] = (i & 1) * (PHILOX_GROUPS / 2) + i / 2;
-  L x0 = index + first, x1 = x0 >> 32, x2 = L{} + p.counter[0], x3 = L{} + p.counter[1];
-  const L m0 = L{} + 0xD2511F53u, m1 = L{} + 0xCD9E8D57u;
-  uint32_t k0 = p.key[0], k1 = p.key[1];
-  for (int round = 0; round < 10; round++) {
-    const L p0 = product32(x0, m0), p1 = product32(x2, m1);
-    x0 = (p1 >> 32) ^ x1 ^ (L{} + k0);
-    x2 = (p0 >> 32) ^ x3 ^ (L{} + k1);
-    x1 = p1;
-    x3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+struct PhiloxKeys {  // of the ten rounds, in 64-bit lanes
+  uint64_t first[10], second[10];
+  explicit PhiloxKeys(const Philox& p) {
+    for (uint32_t r = 0; r < 10; r++) {
+      first[r] = p.key[0] + r * 0x9E3779B9u & 0xffffffffu;
+      second[r] = p.key[1] + r * 0xBB67AE85u & 0xffffffffu;
+    }
   }
-  const L a = (x0 & 0xffffffffu) | (x1 << 32), b = (x2 & 0xffffffffu) | (x3 << 32);
+};
+
+INLINE L splat64(uint64_t x) { return L{} + x; }
+
+INLINE void interleave(L a, L b, uint16_t* out) {
 #if LOWPREC_AVX512
   store_as(out, _mm512_unpacklo_epi64((__m512i)a, (__m512i)b));
   store_as(out + 4 * PHILOX_GROUPS, _mm512_unpackhi_epi64((__m512i)a, (__m512i)b));
@@ -143,8 +139,34 @@ INLINE void philox(const Philox& p, uint64_t first, uint16_t* out) {
   store_as(out, _mm256_unpacklo_epi64((__m256i)a, (__m256i)b));
   store_as(out + 4 * PHILOX_GROUPS, _mm256_unpackhi_epi64((__m256i)a, (__m256i)b));
 #else
-  const L low = {a[0], b[0]}, high = {a[1], b[1]};
-  store_as(out, low);
-  store_as(out + 4 * PHILOX_GROUPS, high);
+  store_as(out, L{a[0], b[0]});
+  store_as(out + 4 * PHILOX_GROUPS, L{a[1], b[1]});
 #endif
+}
+
+// PHILOX_BITS 16-bit numbers of the groups first, first + 1, ...: each 32-bit word lies in the low half of a 64-bit
+// lane, where the 32 x 32 -> 64 bit product wants it.
+INLINE void philox(const Philox& p, const PhiloxKeys& keys, uint64_t first, uint16_t* out) {
+  L index;  // the order that leaves the words in sequence after one interleaving
+  for (int i = 0; i < PHILOX_GROUPS; i++) index[i] = (i & 1) * (PHILOX_GROUPS / 2) + i / 2;
+  const L m0 = splat64(0xD2511F53u), m1 = splat64(0xCD9E8D57u);
+  L x0[PHILOX_CHAINS], x1[PHILOX_CHAINS], x2[PHILOX_CHAINS], x3[PHILOX_CHAINS];
+  for (int c = 0; c < PHILOX_CHAINS; c++) {
+    x0[c] = index + (first + c * PHILOX_GROUPS);
+    x1[c] = x0[c] >> 32;
+    x2[c] = splat64(p.counter[0]);
+    x3[c] = splat64(p.counter[1]);
+  }
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; round++)
+#pragma GCC unroll 2
+    for (int c = 0; c < PHILOX_CHAINS; c++) {
+      const L p0 = product32(x0[c], m0), p1 = product32(x2[c], m1);
+      x0[c] = (p1 >> 32) ^ x1[c] ^ splat64(keys.first[round]);
+      x2[c] = (p0 >> 32) ^ x3[c] ^ splat64(keys.second[round]);
+      x1[c] = p1;
+      x3[c] = p0;
+    }
+  for (int c = 0; c < PHILOX_CHAINS; c++)
+    interleave((x0[c] & 0xffffffffu) | (x1[c] << 32), (x2[c] & 0xffffffffu) | (x3[c] << 32), out + c * PHILOX_STEP);
 }

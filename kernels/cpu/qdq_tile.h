@@ -41,29 +41,31 @@ struct Job {
   const void* x;
   void* out;
   int64_t rows, columns, block_rows, block_columns, tile_rows, tile_columns;
-  int32_t bf16, output, size_given, apply_scale, apply_level, stochastic, threads;
+  int32_t bf16, output, size_given, apply_scale, apply_level, join_level, stochastic, contracted, threads;
   Element element;
   ScaleArgs scale;
   Rotation rotation;
   Philox philox;
   Grid sizes, scales;           // block sizes (given, or null); block scales (written, or null)
-  Grid encode, level;           // tensor scales: what blocks are encoded with, and what values are multiplied with
+  Grid encode, level, whole;    // of the tensor: what blocks are encoded with, what multiplies values, its size
 };
 
 struct Scratch {
   std::vector<float> memory;
-  float *tile, *factors, *maxima, *multiplier, *scale, *level, *size, *encode, *unit_multiplier, *unit_scale, *unit_level;
+  float *tile, *errors, *factors, *maxima, *multiplier, *scale, *level, *size, *encode, *whole, *best, *candidate_multiplier, *candidate_scale, *unit_multiplier, *unit_scale, *unit_level;
   U* partial;
   uint16_t* noise;
   void* row;
-  explicit Scratch(const Job& j) {
-    const int64_t t = j.tile_columns, pad = 64;
-    memory.resize((size_t)(j.tile_rows * t + 16 * (t + pad) + 1024));
+  PhiloxKeys keys;
+  explicit Scratch(const Job& j) : keys(j.philox) {
+    const int64_t t = j.tile_columns, pad = 128;
+    memory.resize((size_t)(2 * j.tile_rows * (t + W) + 20 * (t + pad) + 1024));
     float* p = (float*)(((uintptr_t)memory.data() + 63) & ~(uintptr_t)63);
     auto take = [&](int64_t n) { float* at = p; p += (n + 15) & ~(int64_t)15; return at; };
     tile = take(j.tile_rows * t);
+    errors = j.scale.targets > 1 ? take(j.tile_rows * (t + W)) : nullptr;
     factors = take(256);
-    for (float** f : {&maxima, &multiplier, &scale, &level, &size, &encode, &unit_multiplier, &unit_scale, &unit_level})
+    for (float** f : {&maxima, &multiplier, &scale, &level, &size, &encode, &whole, &best, &candidate_multiplier, &candidate_scale, &unit_multiplier, &unit_scale, &unit_level})
       *f = take(t + W);
     partial = (U*)take(t + W * W);
     noise = (uint16_t*)take(t / 2 + pad);
@@ -141,7 +143,6 @@ static void measure(const Job& j, int64_t r, int64_t c, const float* tile, int64
 
 // Spread one number a block to one a column.
 static const float* spread(const float* block, int64_t blocks, int64_t width, float* column) {
-  if (width == 1) return block;
   for (int64_t b = 0; b < blocks; b++) std::fill(column + b * width, column + (b + 1) * width, block[b]);
   return column;
 }
@@ -158,7 +159,7 @@ INLINE void round_vector(const R& round, V x, V multiplier, V scale, V level, co
   const V y = x * multiplier, a = round.magnitude(y, noise);
   if constexpr (sizeof(O) == 1) store(to, round.code(y, a));
   else {
-    V v = (round.e.offset != 0 ? a + round.offset : a) * scale;
+    V v = (round.shifted ? a + round.offset : a) * scale;
     if constexpr (LEVEL) v *= level;
     v = floats(bits(smallest(splat(FLT_MAX_), v)) | round.sign(y, a));
     if (streams) stream(to, v);
@@ -201,7 +202,7 @@ static void round_rows(const Job& j, int64_t r, int64_t c, const float* tile, in
   for (int64_t i = 0; i < std::min(rows, j.rows - r); i++) {
     const int64_t first = (r + i) * j.columns + c;
     if (STOCHASTIC)
-      for (int64_t k = 0; k < width + first % 8; k += PHILOX_BITS) philox(j.philox, (uint64_t)(first + k) / 8, s.noise + k);
+      for (int64_t k = 0; k < width + first % 8; k += PHILOX_BITS) philox(j.philox, s.keys, (uint64_t)(first + k) / 8, s.noise + k);
     O* to = width < j.tile_columns ? (O*)s.row : (O*)j.out + first;
     const float* from = tile + i * j.tile_columns;
     const uint16_t* noise = s.noise + first % 8;
@@ -211,10 +212,86 @@ static void round_rows(const Job& j, int64_t r, int64_t c, const float* tile, in
   }
 }
 
+static void scale_blocks(const Job& j, int target, int64_t blocks, float* multiplier, float* scale, const Scratch& s) {
+  for (int64_t b = 0; b < blocks; b += W) {
+    V m, v;
+    block_scale(j.scale, target, load(s.size + b), load(s.encode + b), m, v);
+    store(multiplier + b, m);
+    store(scale + b, v);
+  }
+}
+
 // Whether the result is large, and every vector of it aligned.
 template <class O> static bool streams(const Job& j) {
   const int64_t row_bytes = j.columns * (int64_t)sizeof(O);
   return row_bytes * j.rows >= STREAM_BYTES && row_bytes % 64 == 0 && (uintptr_t)j.out % 64 == 0 && j.columns % j.tile_columns == 0;
+}
+
+// Sums in the order of tree_sum: of `rows` rows of n numbers into the first; of runs of `width` numbers.
+static void sum_rows(float* e, int64_t rows, int64_t n, int64_t stride) {
+  for (int64_t half = rows / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; i++)
+      for (int64_t k = 0; k < n; k += W) store(e + i * stride + k, load(e + i * stride + k) + load(e + (i + half) * stride + k));
+}
+
+static void sum_runs(float* e, int64_t n, int64_t width, float* out) {
+  const int64_t blocks = n / width;
+  if (width % W) {  // shorter than a vector
+    for (int64_t b = 0; b < blocks; b++) {
+      for (int64_t half = width / 2; half; half /= 2)
+        for (int64_t i = 0; i < half; i++) e[b * width + i] += e[b * width + i + half];
+      out[b] = e[b * width];
+    }
+    return;
+  }
+  V v[W];
+  for (int64_t b = 0; b < blocks; b += W) {
+    for (int64_t i = 0; i < W; i++) {
+      float* run = e + std::min(b + i, blocks - 1) * width;
+      if (b + i < blocks) sum_rows(run, width / W, W, W);
+      v[i] = load(run);
+    }
+    store(out + b, across(v, [](V x, V y) { return x + y; }));
+  }
+}
+
+// 4-over-6: every block takes the target whose values lie nearest to its elements; the first of equals.
+static void choose_targets(const Job& j, int64_t r, int64_t c, const float* tile, int64_t rows, int64_t width, Scratch& s) {
+  const Rounder<false, false> round(j.element);
+  const int64_t n = j.tile_columns, blocks = n / width, stride = n + W;
+  const bool two_level = j.scale.rule >= E4M3;
+  if (two_level) j.whole.gather(r, c, width, blocks, j.columns, s.whole);
+  else std::fill(s.whole, s.whole + blocks, 1.f);
+  const float *multiplier = s.unit_multiplier, *scale = s.unit_scale, *whole = s.unit_level;
+  for (int target = 0; target < j.scale.targets; target++) {
+    scale_blocks(j, target, blocks, s.candidate_multiplier, s.candidate_scale, s);
+    spread(s.candidate_multiplier, blocks, width, s.unit_multiplier);
+    spread(s.candidate_scale, blocks, width, s.unit_scale);
+    spread(s.whole, blocks, width, s.unit_level);
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t k = 0; k < n; k += W) {
+        const V x = load(tile + i * n + k), y = x * load(multiplier + k), a = round.magnitude(y, nullptr);
+        V v = floats(bits((round.shifted ? a + round.offset : a)) | round.sign(y, a)) * load(scale + k);
+        if (two_level) v = v * load(whole + k) / j.scale.unit;
+        const V d = v - x;
+        store(s.errors + i * stride + k, j.scale.absolute ? floats(bits(d) & MAGNITUDE) : d * d);
+      }
+    float* sums = s.maxima;  // free by now
+    if (j.contracted == 1) {
+      for (int64_t i = 0; i < rows; i++) sum_runs(s.errors + i * stride, n, width, s.errors + i * stride);
+      sum_rows(s.errors, rows, blocks, stride);
+      std::copy(s.errors, s.errors + blocks, sums);
+    } else {
+      sum_rows(s.errors, rows, n, stride);
+      sum_runs(s.errors, n, width, sums);
+    }
+    for (int64_t b = 0; b < blocks; b++)
+      if (target == 0 || sums[b] < s.best[b]) {
+        s.best[b] = sums[b];
+        s.multiplier[b] = s.candidate_multiplier[b];
+        s.scale[b] = s.candidate_scale[b];
+      }
+  }
 }
 
 template <class T, class O, bool STOCHASTIC, bool MASKED>
@@ -227,20 +304,20 @@ static void quantise_tile(const Job& j, int64_t r0, int64_t c, Scratch& s) {
     const float* tile = s.tile + (r - r0) * j.tile_columns;
     measure(j, r, c, tile, rows, width, s);
     if (j.scale.rule >= E4M3) j.encode.gather(r, c, width, blocks, j.columns, s.encode);
-    for (int64_t b = 0; b < blocks; b += W) {
-      V multiplier, scale;
-      block_scale(j.scale, load(s.size + b), load(s.encode + b), multiplier, scale);
-      store(s.multiplier + b, multiplier);
-      store(s.scale + b, scale);
-    }
+    scale_blocks(j, 0, blocks, s.multiplier, s.scale, s);
+    if (j.scale.targets > 1) choose_targets(j, r, c, tile, rows, width, s);
     const int64_t inside = (std::min(j.tile_columns, j.columns - c) + width - 1) / width;
     if (j.scales.data) memcpy(j.scales.data + j.scales.at(r, c), s.scale, sizeof(float) * (size_t)inside);
     if (!j.apply_scale) std::fill(s.scale, s.scale + blocks, 1.f);
     if (j.apply_level) j.level.gather(r, c, width, blocks, j.columns, s.level);
-    Units u{s.multiplier, s.scale, j.apply_level ? s.level : nullptr, streams<O>(j)};
+    if (j.join_level) {  // (scale * level) first, then the element: one factor along the contracted axis
+      for (int64_t b = 0; b < blocks; b++) s.scale[b] *= s.level[b];
+    }
+    const bool level = j.apply_level && !j.join_level;
+    Units u{s.multiplier, s.scale, level ? s.level : nullptr, streams<O>(j)};
     if (width % W) {
       u = {spread(s.multiplier, blocks, width, s.unit_multiplier), spread(s.scale, blocks, width, s.unit_scale),
-           j.apply_level ? spread(s.level, blocks, width, s.unit_level) : nullptr, u.streams};
+           level ? spread(s.level, blocks, width, s.unit_level) : nullptr, u.streams};
     }
     round_rows<O, STOCHASTIC, MASKED>(j, r, c, tile, rows, u, width, s);
   }

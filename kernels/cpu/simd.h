@@ -1,4 +1,4 @@
-// Vectors of 16 floats, and the rounding of a float to a small floating-point element.
+// Vectors of 16 floats, and the rounding of a float to a small element.
 //
 // A low-precision element with m mantissa bits and smallest normal exponent E has, in every binade [2^e, 2^(e+1)) with
 // e >= E, a grid of step 2^(e-m); below 2^E the step stays 2^(E-m).  Rounding to nearest is then one addition:
@@ -49,30 +49,62 @@ inline void store16(uint16_t* p, V x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16_bits(x), 16)));
 }
 
-struct E2M1 { static constexpr int MIN_EXPONENT = 0, MANTISSA = 1; static constexpr float MAX = 6.f; };
-struct E4M3 { static constexpr int MIN_EXPONENT = -6, MANTISSA = 3; static constexpr float MAX = 448.f; };
-struct E5M2 { static constexpr int MIN_EXPONENT = -14, MANTISSA = 2; static constexpr float MAX = 57344.f; };
+// Which numbers an element has, beyond its sign.  Integers are minifloats whose only binade is the last: int8 has steps of
+// 1 up to 127, so min_exponent 6 and mantissa 6.  Mid-rise grids (.5, 1.5, ..., no zero; QuEST, arXiv:2502.05003) are
+// integers moved by a half.  `mantissa` of MASKED elements (arXiv:2405.18710) is all there is: exponents are fp32's own.
+enum ElementKind { MINIFLOAT = 0, MIDRISE = 1, MASKED = 2, ANY = 3 };  // ANY: not quantised
 
-// y clamped to +-MAX and rounded to the grid of E.  `random` holds integers in [0, 65536), used when STOCHASTIC:
-// up with probability (|y|-lo)/step, that is iff (random + 0.5)/65536 < (|y|-lo)/step.
-template <class E, bool STOCHASTIC>
-inline V round_element(V y, I random) {
-  constexpr int S = 23 - E::MANTISSA;  // mantissa bits below the grid
+struct Element {  // mirrored in operand.py
+  int32_t kind, min_exponent, mantissa;
+  float max;
+};
+
+// An element as vectors that stay in registers.
+struct Grid {
+  I smallest, magic_shift, mask, carry, shift;
+  V base, max, offset;
+  explicit Grid(const Element& e) {
+    const int s = 23 - e.mantissa;  // mantissa bits below the grid
+    smallest = splat_bits((uint32_t)(127 + e.min_exponent) << 23);
+    magic_shift = splat_bits((uint32_t)s << 23);
+    mask = splat_bits((1u << s) - 1);
+    carry = splat_bits((1u << s) - 1 - (s >= 17 ? 1u << (s - 17) : 0));
+    shift = splat_bits(s - 16);
+    base = from_bits(smallest);
+    max = splat(e.max);
+    offset = splat(0.5f);
+  }
+};
+
+enum Rounding { NEAREST, STOCHASTIC, NEAREST_MIDRISE, NEAREST_MASKED, UNROUNDED };
+
+// y clamped to +-max and rounded to the grid.  `random` holds integers in [0, 65536), used when STOCHASTIC: up with
+// probability (|y|-lo)/step, that is iff (random + 0.5)/65536 < (|y|-lo)/step.
+template <Rounding R>
+inline V round_to(const Grid& grid, V y, I random) {
+  if constexpr (R == UNROUNDED) return y;
   const I sign = _mm512_and_si512(bits(y), splat_bits(SIGN_MASK));
-  V a = _mm512_min_ps(abs_(y), splat(E::MAX));
-  if constexpr (!STOCHASTIC) {
-    const I e = _mm512_max_epi32(_mm512_and_si512(bits(a), splat_bits(INF_BITS)), splat_bits((127 + E::MIN_EXPONENT) << 23));
-    const V magic = from_bits(_mm512_add_epi32(e, splat_bits(S << 23)));
-    a = _mm512_sub_ps(_mm512_add_ps(a, magic), magic);
-  } else {
+  V a = _mm512_min_ps(abs_(y), grid.max);
+  if constexpr (R == STOCHASTIC) {
     // Below the smallest normal, adding it moves a into a binade with the same step; rounding that sum UP keeps the
     // comparison "fraction > threshold" exact, because every threshold is itself on the fp32 grid of the sum.
-    const V base = from_bits(splat_bits((127 + E::MIN_EXPONENT) << 23));
-    const __mmask16 tiny = _mm512_cmp_ps_mask(a, base, _CMP_LT_OQ);
-    const V t = _mm512_mask_add_round_ps(a, tiny, a, base, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
-    const I carry = _mm512_sub_epi32(splat_bits((1u << S) - 1 - (1u << (S - 17))), _mm512_slli_epi32(random, S - 16));
-    a = from_bits(_mm512_andnot_si512(splat_bits((1u << S) - 1), _mm512_add_epi32(bits(t), carry)));
-    a = _mm512_mask_sub_ps(a, tiny, a, base);
+    const __mmask16 tiny = _mm512_cmp_ps_mask(a, grid.base, _CMP_LT_OQ);
+    const V t = _mm512_mask_add_round_ps(a, tiny, a, grid.base, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+    const I carry = _mm512_sub_epi32(grid.carry, _mm512_sllv_epi32(random, grid.shift));
+    a = from_bits(_mm512_andnot_si512(grid.mask, _mm512_add_epi32(bits(t), carry)));
+    a = _mm512_mask_sub_ps(a, tiny, a, grid.base);
+  } else if constexpr (R == NEAREST_MASKED) {  // by integers: fp32's largest numbers leave no room for the addition
+    const I half = _mm512_srli_epi32(grid.mask, 1), step = _mm512_add_epi32(grid.mask, splat_bits(1));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits(a), step);
+    I u = _mm512_add_epi32(bits(a), half);
+    u = _mm512_mask_add_epi32(u, odd, u, splat_bits(1));
+    a = _mm512_min_ps(from_bits(_mm512_andnot_si512(grid.mask, u)), grid.max);
+  } else {
+    if constexpr (R == NEAREST_MIDRISE) a = _mm512_max_ps(_mm512_sub_ps(a, grid.offset), V{});
+    const I e = _mm512_max_epi32(_mm512_and_si512(bits(a), splat_bits(INF_BITS)), grid.smallest);
+    const V magic = from_bits(_mm512_add_epi32(e, grid.magic_shift));
+    a = _mm512_sub_ps(_mm512_add_ps(a, magic), magic);
+    if constexpr (R == NEAREST_MIDRISE) a = _mm512_add_ps(a, grid.offset);
   }
   return from_bits(_mm512_or_si512(bits(a), sign));
 }

@@ -18,8 +18,8 @@
 constexpr int STRIP_FREE = 64, MAX_DEPTH = 128;
 
 struct Rotation {
-  int size;              // 0: none; else 16, 32, 64 or 128
-  const float* factors;  // size values: fp32(sign * size ** -0.5)
+  int size, rounds;           // size 0: none; else a power of two up to 128. Two rounds are two rotations.
+  const float* factors[2];    // of each round, size values: fp32(sign * size ** -0.5)
 };
 
 struct Source {
@@ -28,8 +28,7 @@ struct Source {
   bool contiguous_k;     // the contracted axis is the fast one
   int64_t free_size, k;  // memory is [free, k] if contiguous_k, else [k, free]
   Rotation rotation;
-  bool stochastic;
-  PhiloxKey philox;
+  PhiloxKey philox;      // of the elements' noise
   int64_t rows() const { return contiguous_k ? free_size : k; }
   int64_t columns() const { return contiguous_k ? k : free_size; }
 };
@@ -94,31 +93,59 @@ static void load_noise(const Source& s, int64_t r, int64_t c, int width, int dep
   }
 }
 
-// One Hadamard block in place: factors, butterflies at distance 1, 2, 4, ...; rounded to bf16 for bf16 tensors.
-template <int SIZE>
-static inline void rotate_block(TileRow* tile, const Rotation& rotation, bool bf16) {
-  V v[SIZE];
-#pragma GCC unroll 16
-  for (int i = 0; i < SIZE; i++) v[i] = _mm512_mul_ps(_mm512_load_ps(tile[i]), splat(rotation.factors[i]));
+// STAGES butterflies, distances 1, 2, 4, ..., over 2^STAGES vectors.
+template <int STAGES>
+static inline void butterflies(V* v) {
 #pragma GCC unroll 8
-  for (int stage = 0; stage < __builtin_ctz(SIZE); stage++)
+  for (int stage = 0; stage < STAGES; stage++)
 #pragma GCC unroll 8
-    for (int pair = 0; pair < SIZE / 2; pair++) {
+    for (int pair = 0; pair < 1 << STAGES >> 1; pair++) {
       const int h = 1 << stage, j = pair / h * 2 * h + pair % h;
       const V u = v[j], w = v[j + h];
       v[j] = _mm512_add_ps(u, w);
       v[j + h] = _mm512_sub_ps(u, w);
     }
+}
+
+// One Hadamard block in place: factors, butterflies at distance 1, 2, 4, ...; rounded to bf16 for bf16 tensors.  Blocks
+// of more than 16 vectors do not fit into registers: first the distances below 16, then those above, 16 columns apart.
+template <int SIZE>
+static inline void rotate_block(TileRow* tile, const float* factors, bool bf16) {
+  constexpr int INNER = SIZE < 16 ? SIZE : 16, OUTER = SIZE / INNER;
+  auto store = [&](int i, V x) { _mm512_store_ps(tile[i], bf16 ? round_bf16(x) : x); };
+  for (int o = 0; o < SIZE; o += INNER) {
+    V v[INNER];
 #pragma GCC unroll 16
-  for (int i = 0; i < SIZE; i++) _mm512_store_ps(tile[i], bf16 ? round_bf16(v[i]) : v[i]);
+    for (int i = 0; i < INNER; i++) v[i] = _mm512_mul_ps(_mm512_load_ps(tile[o + i]), splat(factors[o + i]));
+    butterflies<__builtin_ctz(INNER)>(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < INNER; i++)
+      if (OUTER == 1) store(o + i, v[i]);
+      else _mm512_store_ps(tile[o + i], v[i]);
+  }
+  if constexpr (OUTER > 1)
+    for (int i = 0; i < INNER; i++) {
+      V v[OUTER];
+#pragma GCC unroll 8
+      for (int o = 0; o < OUTER; o++) v[o] = _mm512_load_ps(tile[o * INNER + i]);
+      butterflies<__builtin_ctz(OUTER)>(v);
+#pragma GCC unroll 8
+      for (int o = 0; o < OUTER; o++) store(o * INNER + i, v[o]);
+    }
 }
 
 static void rotate_tile(TileRow* tile, int depth, const Rotation& rotation, bool bf16) {
-  for (int k = 0; k < depth; k += rotation.size) {
-    if (rotation.size == 16) rotate_block<16>(tile + k, rotation, bf16);
-    else if (rotation.size == 32) rotate_block<32>(tile + k, rotation, bf16);
-    else if (rotation.size == 64) rotate_block<64>(tile + k, rotation, bf16);
-    else rotate_block<128>(tile + k, rotation, bf16);
+  for (int round = 0; round < rotation.rounds; round++) {
+    const float* f = rotation.factors[round];
+    for (int k = 0; k < depth; k += rotation.size) switch (rotation.size) {
+        case 2: rotate_block<2>(tile + k, f, bf16); break;
+        case 4: rotate_block<4>(tile + k, f, bf16); break;
+        case 8: rotate_block<8>(tile + k, f, bf16); break;
+        case 16: rotate_block<16>(tile + k, f, bf16); break;
+        case 32: rotate_block<32>(tile + k, f, bf16); break;
+        case 64: rotate_block<64>(tile + k, f, bf16); break;
+        default: rotate_block<128>(tile + k, f, bf16);
+      }
   }
 }
 

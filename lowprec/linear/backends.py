@@ -1,11 +1,13 @@
 """Backends: who computes a product, and why not the others.
 
-Four answers exist, tried in this order under ``backend: auto``:
+Five answers exist, tried in this order under ``backend: auto``:
 
-``native``  both operands unquantised: one ``a @ b.T`` in the tensors' dtype, what ``nn.Linear`` does.
-``cpu``     C++ (``kernels/cpu``): FP4 on int8 VNNI, bit-equal to the oracle; FP8 and MX in bf16, within its bound.
-``torch``   quantises exactly as the oracle, then one fp32 product of the block-scaled operands: any device, any recipe.
-``oracle``  the definition, block by block (:mod:`lowprec.linear.oracle`): slow, for tests and for bisecting.
+``native``        both operands unquantised: one ``a @ b.T`` in the tensors' dtype, what ``nn.Linear`` does.
+``cpu``           C++ (``kernels/cpu``): FP4 and integers on int8 VNNI, equal to the oracle; FP8, MX in bf16, within its
+                  bound.
+``cpu_portable``  C++ for any CPU quantises, torch multiplies, in bf16 where that is exact.
+``torch``         quantises exactly as the oracle, then one fp32 product: any device, any recipe.
+``oracle``        the definition, block by block (:mod:`lowprec.linear.oracle`): slow, for tests and for bisecting.
 
 A backend that cannot serve a product says so in words; the plan prints those words.
 """
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from lowprec.linear import oracle
 from lowprec.linear.recipe import GEMM_OPERANDS, Gemm
-from lowprec.numerics import Stream
+from lowprec.numerics import Format, Stream, rotate
 
 Side = Literal["a", "b"]
 Packed = Any
@@ -73,6 +75,13 @@ class Native:
         return prepared.to(dtype), torch.ones((), device=prepared.device)
 
 
+Operands = oracle.Prepared | oracle.Stored
+
+
+def _unpack(operand: Operands) -> oracle.Prepared:
+    return operand.unpack() if isinstance(operand, oracle.Stored) else operand
+
+
 class Oracle:
     """The definition."""
 
@@ -89,8 +98,8 @@ class Oracle:
         name = GEMM_OPERANDS[role][side == "b"]
         return oracle.prepare(x, getattr(gemm, side), gemm.inner, stream, role, name, amax)
 
-    def multiply(self, a: oracle.Prepared, b: oracle.Prepared, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
-        return oracle.multiply(a, b).to(out_dtype)
+    def multiply(self, a: Operands, b: Operands, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
+        return oracle.multiply(_unpack(a), _unpack(b)).to(out_dtype)
 
     def unpacked(self, prepared: oracle.Prepared, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return prepared.blockscaled().to(dtype), prepared.tensor_scale
@@ -101,9 +110,17 @@ class Torch(Oracle):
 
     name = "torch"
 
-    def multiply(self, a: oracle.Prepared, b: oracle.Prepared, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
+    def multiply(self, a: Operands, b: Operands, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
+        a, b = _unpack(a), _unpack(b)
         scale = a.tensor_scale.reshape(-1, 1) * b.tensor_scale.reshape(1, -1)
         return (a.blockscaled() @ b.blockscaled().T * scale).to(out_dtype)
+
+
+def stored(prepared: Packed, format: Format | None) -> Packed:
+    """A prepared operand in as little memory as its backend knows, to be kept; ``multiply`` takes it too."""
+    if format is None or not isinstance(prepared, oracle.Prepared):
+        return prepared
+    return oracle.Stored.of(prepared, format)
 
 
 def gemm(
@@ -118,59 +135,38 @@ def gemm(
 def _cpu() -> Backend:
     from lowprec.kernels.cpu import CpuBackend  # loaded by need: it may build itself with the C++ compiler
 
-    found = CpuBackend()
-    return found if hasattr(found, "prepare") else _Whole(found)
+    return CpuBackend()
 
 
-class _Whole(Torch):  # until the C++ backend prepares and multiplies in two calls
-    name = "cpu"
+@lru_cache(maxsize=1)
+def _portable() -> Backend:
+    from lowprec.kernels.cpu.qdq_backend import PortableBackend
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def refuses(self, gemm, role, m, n, k, dtype, device):
-        if (
-            gemm.a.rounding == "ms_eden"
-            or gemm.b.rounding == "ms_eden"
-            or (gemm.inner and (gemm.inner.rounds > 1 or not gemm.inner.size))
-        ):
-            return "not yet"
-        for o in (gemm.a, gemm.b):
-            f = o.format
-            if f and (
-                f.targets
-                or f.second
-                or f.guard != 1
-                or f.tensor_max != 448
-                or f.rule != "absmax"
-                or f.tensor_scale not in (True, False)
-                or f.zero != "keep"
-                or o.amax != "current"
-            ):
-                return "not yet"
-        try:
-            return self.inner.refuses(gemm, role, m, n, k, dtype, device)
-        except Exception as e:
-            return f"not yet {e}"
-
-    def prepare(self, x, gemm, side, stream, role, amax=None):
-        return (x, stream, role, side, gemm)
-
-    def multiply(self, a, b, gemm, out_dtype):
-        return self.inner.gemm(a[0], b[0], gemm, a[1], a[2], out_dtype)
-
-    def unpacked(self, prepared, dtype):
-        x, stream, role, side, gemm = prepared
-        return Torch().unpacked(Torch().prepare(x, gemm, side, stream, role), dtype)
+    return PortableBackend()
 
 
-ORDER = ("native", "cpu", "torch", "oracle")
+def rotator(wanted: str, device: torch.device) -> Callable[[Tensor, int, Tensor | None, bool], Tensor]:
+    """Who rotates matrices around the products: :func:`lowprec.numerics.rotate`, or C++ that equals it bit for bit."""
+    if wanted in ("auto", "cpu") and device.type == "cpu":
+        from lowprec.kernels.cpu import rotate as fast  # falls back to the definition by itself
+
+        return fast
+    return rotate
+
+
+ORDER = ("native", "cpu", "cpu_portable", "torch", "oracle")
 CHOICES = ("auto", *ORDER[1:])
 
 
 def backend(name: str) -> Backend:
     """The backend of that name."""
-    makers: dict[str, Callable[[], Backend]] = {"native": Native, "cpu": _cpu, "torch": Torch, "oracle": Oracle}
+    makers: dict[str, Callable[[], Backend]] = {
+        "native": Native,
+        "cpu": _cpu,
+        "cpu_portable": _portable,
+        "torch": Torch,
+        "oracle": Oracle,
+    }
     return makers[name]()
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowprec.linear.product import TILE, Call, keep, keep_refusal, pad_to, product
+from lowprec.linear.product import TILE, Call, keep, pad_to, product
 
 
 class QuantizedLinearFunction(torch.autograd.Function):
@@ -25,7 +25,7 @@ class QuantizedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor, call: Call) -> Tensor:
         ctx.call, ctx.dtype, ctx.kept = call, x_TK.dtype, None
-        if call.policy.save == "codes" and ctx.needs_input_grad[1] and keep_refusal(call.recipe) is None:
+        if call.policy.save == "codes" and ctx.needs_input_grad[1]:
             ctx.kept = keep(x_TK, weight_NK.shape[0], call)
         ctx.save_for_backward(None if ctx.kept else x_TK, weight_NK)
         return product("fprop", {"x": x_TK, "w": weight_NK.to(x_TK.dtype)}, call, x_TK.dtype)
@@ -51,7 +51,7 @@ def quantized_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, call: 
         return F.linear(x, weight_NK.to(x.dtype), bias_N)
     x_TK = x.reshape(-1, x.shape[-1]).contiguous()
     tokens = x_TK.shape[0]
-    if call.policy.pad == "zero" and not call.recipe.splits:
+    if call.policy.pad == "zero" and not call.recipe.counts_rows:
         x_TK = pad_to(x_TK, tokens + -tokens % TILE, x_TK.shape[1])  # once, not in every product
     y_TN = QuantizedLinearFunction.apply(x_TK, weight_NK, call)
     y = y_TN[:tokens].view(*x.shape[:-1], weight_NK.shape[0])

@@ -15,13 +15,14 @@ agree to ``2 k 2^-24 sum|a||b|``. The same order is used by the reference of Tra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowprec.linear.recipe import GEMM_OPERANDS, Gemm, Operand, Rotation
-from lowprec.numerics import Stream, fixed_signs, rotate
+from lowprec.numerics import Format, QTensor, Stream, fixed_signs, rotate
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,46 @@ class Prepared:
         return sum(t.untyped_storage().nbytes() for t in (self.values, self.scales, self.tensor_scale))
 
 
-def turned(x: Tensor, rotation: Rotation, stream: Stream, role: str, inverse: bool = False) -> Tensor:
+@dataclass(frozen=True)
+class Stored:
+    """A prepared operand in its stored size: packed codes, scales in their own dtype. :meth:`unpack` gives it back."""
+
+    codes: Tensor
+    scales: Tensor
+    tensor_scale: Tensor
+    block: int
+    format: Format
+
+    @staticmethod
+    def of(prepared: Prepared, format: Format) -> Stored | Prepared:
+        """The same numbers in less memory; unchanged where a block's scale decides what its codes mean."""
+        if format.second or format.tensor_scale not in (False, True, "row"):
+            return prepared
+        codes = format.element_type.codes_of(prepared.values)
+        dtype = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu}.get(format.scale, torch.float32)
+        one = prepared.tensor_scale
+        packed = QTensor(codes, prepared.scales, one, format).pack() if codes.shape[1] % 2 == 0 else codes
+        return Stored(packed, prepared.scales.to(dtype), one, prepared.block, format)
+
+    def unpack(self) -> Prepared:
+        """The prepared operand, bit for bit."""
+        values = self.format.element_type.decode(QTensor.unpack(self.codes, self.format))
+        return Prepared(values, self.scales.float(), self.block, self.tensor_scale)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it occupies."""
+        return sum(t.untyped_storage().nbytes() for t in (self.codes, self.scales, self.tensor_scale))
+
+
+def turned(
+    x: Tensor,
+    rotation: Rotation,
+    stream: Stream,
+    role: str,
+    inverse: bool = False,
+    rotate: Callable[[Tensor, int, Tensor | None, bool], Tensor] = rotate,
+) -> Tensor:
     """x with its last axis rotated (or turned back), in x's dtype; ``role`` keys the signs of every step."""
     size = rotation.size or x.shape[-1]
     rounds = [f"{role}.signs", f"{role}.signs2"][: rotation.rounds]

@@ -24,7 +24,7 @@ from lowprec.linear.attention import AttentionCore, apply_attention
 from lowprec.linear.backends import choose
 from lowprec.linear.module import QuantizedLinear
 from lowprec.linear.precision import Precision, Rule
-from lowprec.linear.product import TILE, Policy, padded_sizes
+from lowprec.linear.product import TILE, Policy, keep_refusal, kept_bytes_per_token, padded_sizes
 from lowprec.linear.recipe import BF16, LinearRecipe
 from lowprec.numerics import Clock
 
@@ -199,13 +199,12 @@ class Plan:
             tokens: rows of the activations (micro-batch x sequence) if known; padding of wgrad is judged by it.
             dtype, device: of the activations; decide the backend.
         """
-        rows = [("layer", "shape (out, in)", "recipe", "backend f/d/w", "rule")]
+        rows = [("layer", "shape (out, in)", "recipe", "backend f/d/w", "kept B/token", "rule")]
         remarks: dict[str, None] = {}
         for names, entry in _merged(self.entries):
             backends = self._backends(entry, tokens, dtype, torch.device(device), remarks)
-            rows.append(
-                (names, f"({entry.out_features}, {entry.in_features})", entry.recipe, backends, entry.rule.match)
-            )
+            shape = f"({entry.out_features}, {entry.in_features})"
+            rows.append((names, shape, entry.recipe, backends, self._kept(entry, dtype, remarks), entry.rule.match))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         lines.insert(1, "-" * len(max(lines, key=len)))
@@ -224,6 +223,15 @@ class Plan:
             lines += ["", f"{self.precision.deoscillation}"]
         lines += ["", *remarks, f"plan {self.fingerprint()}, {len(self.entries)} linear layers"]
         return "\n".join(lines)
+
+    def _kept(self, entry: Entry, dtype: torch.dtype, remarks: dict[str, None]) -> str:
+        """Bytes a token that the layer keeps of its input for the backward."""
+        recipe = self.precision.linear[entry.recipe]
+        kept = kept_bytes_per_token(recipe, entry.out_features, entry.in_features, dtype, self.policy)
+        if self.policy.save == "codes" and recipe.quantized and kept == entry.in_features * dtype.itemsize:
+            why = keep_refusal(recipe) or "its codes, laid out for the backend, take as much memory"
+            remarks[f"note: recipe {recipe.name} keeps inputs instead of codes: {why}"] = None
+        return f"{kept:,.0f}"
 
     def _backends(
         self, entry: Entry, tokens: int | None, dtype: torch.dtype, device: torch.device, remarks: dict[str, None]

@@ -29,9 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowprec.linear import oracle
-from lowprec.linear.backends import Backend, Packed, Side, choose
-from lowprec.linear.oracle import turned
-from lowprec.linear.recipe import GEMM_OPERANDS, Gemm, LinearRecipe, Operand
+from lowprec.linear.backends import Backend, Packed, Side, choose, rotator, stored
+from lowprec.linear.recipe import GEMM_OPERANDS, Gemm, LinearRecipe, Operand, Rotation
 from lowprec.linear.split import ChannelSplit, LowRankSplit, MeanSplit, ResidualSplit, factors, strongest
 from lowprec.linear.state import LayerState
 from lowprec.numerics import Stream
@@ -124,7 +123,7 @@ def pad_to(x: Tensor, rows: int, cols: int) -> Tensor:
 
 def padded_sizes(gemm: Gemm, m: int, n: int, k: int, pad: str) -> tuple[int, int, int]:
     """(m, n, k) rounded up to whole blocks, tiles and, where a whole axis is rotated, to an order that exists."""
-    tile = TILE if pad == "zero" else 1
+    tile = TILE if pad == "zero" and not gemm.counts_zeros else 1
     sizes = []
     for size, multiple, rotation in zip((m, n, k), gemm.multiples(), (gemm.outer_a, gemm.outer_b, gemm.inner)):
         step = math.lcm(multiple, tile)
@@ -172,9 +171,9 @@ def product(
         right = kept
     out = _multiply(role, left, right, sizes, call, out_dtype, _both(factor_a, factor_b))
     if gemm.outer_a:
-        out = turned(out.T.contiguous(), gemm.outer_a, call.stream, f"{role}.a", inverse=True).T
+        out = _turned(out.T, gemm.outer_a, call, f"{role}.a", inverse=True).T
     if gemm.outer_b:
-        out = turned(out.contiguous(), gemm.outer_b, call.stream, f"{role}.b", inverse=True)
+        out = _turned(out, gemm.outer_b, call, f"{role}.b", inverse=True)
     out = _back_to_inputs(role, out, tensors, call)
     return out[:rows_a, :rows_b]
 
@@ -188,18 +187,23 @@ class Kept:
     factor: Tensor | None
     rows: int
     sizes: tuple[int, int, int]
-    dtype: torch.dtype
-    device: torch.device
 
 
-def keep(x_TK: Tensor, out_features: int, call: Call) -> Kept:
-    """Operand x of wgrad, prepared in the forward: its codes are kept for the backward, x need not be."""
+def keep(x_TK: Tensor, out_features: int, call: Call) -> Kept | None:
+    """Operand x of wgrad, prepared in the forward: its codes are kept for the backward, x need not be.
+
+    None where the recipe or the backend gains nothing: codes that need x beside them, or take as much memory as x.
+    """
+    if keep_refusal(call.recipe):
+        return None
     gemm = call.recipe.wgrad
     b, factor = _source("wgrad", "b", {"x": x_TK}, call)
     sizes = padded_sizes(gemm, out_features, b.shape[0], x_TK.shape[0], call.policy.pad)
     b = _outer("wgrad", pad_to(b, sizes[1], sizes[2]), gemm.outer_b, "b", call)
     chosen = _choose("wgrad", gemm, sizes, b, call)
-    return Kept(_prepare("wgrad", "b", b, gemm, chosen, call), chosen, factor, x_TK.shape[1], sizes, b.dtype, b.device)
+    prepared = stored(_prepare("wgrad", "b", b, gemm, chosen, call), gemm.b.format)
+    small = prepared.nbytes < x_TK.numel() * x_TK.element_size()
+    return Kept(prepared, chosen, factor, x_TK.shape[1], sizes) if small else None
 
 
 def keep_refusal(recipe: LinearRecipe) -> str | None:
@@ -217,6 +221,18 @@ def keep_refusal(recipe: LinearRecipe) -> str | None:
     return None
 
 
+def kept_bytes_per_token(
+    recipe: LinearRecipe, out_features: int, in_features: int, dtype: torch.dtype, policy: Policy
+) -> float:
+    """What a layer keeps of x for the backward, as the chosen backend stores it; found by preparing 128 tokens."""
+    inputs = in_features * dtype.itemsize
+    if policy.save == "inputs" or not recipe.quantized:
+        return inputs
+    call = Call(recipe, Stream(), dataclasses.replace(policy, shared=Shared()))
+    kept = keep(torch.zeros(128, in_features, dtype=dtype), out_features, call)
+    return inputs if kept is None else kept.prepared.nbytes / 128
+
+
 # ---- step 1: which matrix
 
 
@@ -227,7 +243,7 @@ def _source(role: str, side: Side, tensors: Mapping[str, Tensor], call: Call) ->
     if operand.source == "fprop":
         x, factor = _forward_value(name, tensors, call)
     elif operand.reuse and call.recipe.fprop.inner:
-        x = turned(_pad_forward(name, x, call), call.recipe.fprop.inner, call.stream, "fprop")[: x.shape[0]]
+        x = _turned(_pad_forward(name, x, call), call.recipe.fprop.inner, call, "fprop")[: x.shape[0]]
     return (x.T if TRANSPOSED[role][side == "b"] else x), factor
 
 
@@ -262,7 +278,7 @@ def _forward_value(name: str, tensors: Mapping[str, Tensor], call: Call) -> tupl
             total += _dequantized("fprop", side, part, operand, gemm, call)
         if terms.thin is not None:
             v = terms.thin.v.T
-            total += terms.thin.u @ (turned(v, gemm.inner, call.stream, "fprop") if gemm.inner else v)
+            total += terms.thin.u @ (_turned(v, gemm.inner, call, "fprop") if gemm.inner else v)
         return total.to(x.dtype)[:rows], None
 
     if name == "x" and _deterministic(getattr(gemm, side), gemm):
@@ -281,13 +297,23 @@ def _sizes(role: str, a: Tensor, rows_b: int, gemm: Gemm, call: Call) -> tuple[i
             f"layer '{call.stream.layer}': {role} multiplies ({m}, {k}) by ({k}, {n}), but its blocks need "
             f"multiples of {', '.join(map(str, gemm.multiples()))} (rows, columns, contracted); set pad: zero"
         )
+    if k != sizes[2] and gemm.counts_zeros and gemm.inner is None:
+        raise ValueError(
+            f"layer '{call.stream.layer}': {role} contracts {k} values, which its blocks would pad to {sizes[2]}, but "
+            "its format counts zeros (a mean, or a grid without zero); choose sizes that blocks divide"
+        )
     return sizes
 
 
-def _outer(role: str, x: Tensor, rotation: Any, side: Side, call: Call) -> Tensor:
+def _outer(role: str, x: Tensor, rotation: Rotation | None, side: Side, call: Call) -> Tensor:
     if rotation is None:
         return x
-    return turned(x.T.contiguous(), rotation, call.stream, f"{role}.{side}").T
+    return _turned(x.T, rotation, call, f"{role}.{side}").T
+
+
+def _turned(x: Tensor, rotation: Rotation, call: Call, role: str, inverse: bool = False) -> Tensor:
+    """x (rows, cols), its last axis rotated or turned back."""
+    return oracle.turned(x, rotation, call.stream, role, inverse, rotator(call.policy.backend, x.device))
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -402,7 +428,7 @@ def _amax(role: str, name: str, x: Tensor, operand: Operand, gemm: Gemm, call: C
     held = call.state.held(key, call.stream.step) if operand.amax == "hold" else None
     if held is not None:
         return held
-    seen = turned(x, gemm.inner, call.stream, role) if gemm.inner else x
+    seen = _turned(x, gemm.inner, call, role) if gemm.inner else x
     current = seen.abs().amax().float()
     if call.observe and not operand.reuse:
         call.state.observe(key, current, call.stream.micro)
@@ -463,7 +489,7 @@ def _rounded(role: str, side: Side, terms: Terms, gemm: Gemm, call: Call, whole:
     for part, operand in terms.parts:
         total += _dequantized(role, side, part, operand, gemm, call)
     if gemm.inner:
-        total = turned(total, gemm.inner, call.stream, role, inverse=True)
+        total = _turned(total, gemm.inner, call, role, inverse=True)
     return total + terms.thin.u @ terms.thin.v.T if whole and terms.thin is not None else total
 
 
@@ -481,13 +507,13 @@ def _back_to_inputs(role: str, out: Tensor, tensors: Mapping[str, Tensor], call:
     is_turned = fprop.inner is not None and (other.reuse or other.source == "fprop")
     if operand.gradient != "ste":
         if fprop.inner and not is_turned:
-            out = turned(_pad_forward(wanted, out, call), fprop.inner, call.stream, "fprop")
+            out = _turned(_pad_forward(wanted, out, call), fprop.inner, call, "fprop")
             is_turned = True
         mask = _gradient_mask(wanted, tensors[wanted], operand, call)
         out = pad_to(out[: mask.shape[0]], mask.shape[0], mask.shape[1]) * mask.to(out.dtype)
     if is_turned:
         assert fprop.inner is not None
-        out = turned(out.contiguous(), fprop.inner, call.stream, "fprop", inverse=True)
+        out = _turned(out, fprop.inner, call, "fprop", inverse=True)
     return out[:, : tensors["w"].shape[1]]
 
 
@@ -498,7 +524,7 @@ def _gradient_mask(name: str, x: Tensor, operand: Operand, call: Call) -> Tensor
     padded = _pad_forward(name, x, call)
     q = oracle.prepare(padded, operand, fprop.inner, call.stream, "fprop", name)
     scale = (q.scales * q.tensor_scale.reshape(-1, 1)).repeat_interleave(q.block, dim=1)[:, : padded.shape[1]]
-    now = turned(padded, fprop.inner, call.stream, "fprop").float() if fprop.inner else padded.float()
+    now = _turned(padded, fprop.inner, call, "fprop").float() if fprop.inner else padded.float()
     element = operand.format.element_type
     reach = operand.clip * element.max
     if operand.gradient == "trust":  # an error above half the last (widest) gap means: beyond the grid by that much

@@ -172,6 +172,12 @@ class Gemm:
         """Whether anything but a plain product happens."""
         return self.a.format is not None or self.b.format is not None or any((self.inner, self.outer_a, self.outer_b))
 
+    @property
+    def counts_zeros(self) -> bool:
+        """Whether zeros added at an edge change numbers: a block's scale is a mean, or its grid has no zero."""
+        formats = [operand.format for operand in (self.a, self.b) if operand.format]
+        return any(f.rule != "absmax" or f.element_type.values[0] != 0 for f in formats)
+
     def multiples(self) -> tuple[int, int, int]:
         """(m, n, k) multiples that whole blocks and rotations need."""
         a, b = (operand.format.block if operand.format else (1, 1) for operand in (self.a, self.b))
@@ -209,9 +215,10 @@ class LinearRecipe:
         return self.fprop.quantized or self.dgrad.quantized or self.wgrad.quantized
 
     @property
-    def splits(self) -> bool:
-        """Whether any operand is split, so that whole-tensor statistics are taken of it."""
-        return any(getattr(gemm, side).split for gemm in (self.fprop, self.dgrad, self.wgrad) for side in "ab")
+    def counts_rows(self) -> bool:
+        """Whether tokens of zeros would change numbers: statistics are taken over whole operands."""
+        gemms = (self.fprop, self.dgrad, self.wgrad)
+        return any(gemm.counts_zeros or gemm.a.split or gemm.b.split for gemm in gemms)
 
     @property
     def remembers(self) -> bool:

@@ -42,8 +42,8 @@ class Format:
         scale: how block scales are stored: ``fp32``, ``pow2`` (fp32 power of two), ``e4m3`` or ``ue5m3`` (both need
             ``tensor_scale``), ``e8m0``, or ``none``.
         tensor_scale: False; True, one fp32 scale for the tensor; "row", one a row; 128, one per 1 x 128.
-        scale_rounding: ``e8m0``: ``rceil`` (default), ``floor``, ``ceil``, ``even``; ``e4m3`` and ``ue5m3``:
-            ``nearest`` (default) or ``te_2_14``. See :mod:`lowprec.numerics.scale`.
+        scale_rounding: ``e8m0``: ``rceil`` (default), ``floor``, ``ceil``, ``even``, ``nearest``; ``e4m3`` and
+            ``ue5m3``: ``nearest`` (default) or ``te_2_14``. See :mod:`lowprec.numerics.scale`.
         rule: what is measured of a block: ``absmax``, ``rms``, ``std``, ``mean`` or ``median`` of magnitudes.
         coef: ``coef * statistic`` maps to the target (rules other than ``absmax``).
         guard: ``absmax * guard`` maps to the element's maximum: 17/16 keeps stochastic rounding from clipping when the
@@ -195,7 +195,8 @@ class Format:
         one = size.new_ones(())
         if not self.tensor_scale:
             if amax is not None:
-                size = torch.where(size.isnan(), size, amax.float().reshape(1, 1))
+                given = amax.float().reshape(1, 1)
+                size = torch.where(size.isfinite() & given.isfinite(), given, torch.nan)
             constant = size.new_full((), self.guard) if self.scale == "e8m0" and self.guard != 1 else None
             return size, (one, one), constant
         if amax is not None:
@@ -239,12 +240,12 @@ class Format:
             for target in self._targets:
                 element = ELEMENTS[name]
                 multiplier, scale = self._scale_rule(size, level, target, element, input_dtype)
-                values = element.round(blocks * multiplier[:, None, :, None]) * scale[:, None, :, None]
+                values = element.round(blocks * multiplier[:, None, :, None]).mul_(scale[:, None, :, None])
                 if self.tensor_scale:
-                    values = values * level[0].expand_as(size)[:, None, :, None]
-                    values = values / torch.full_like(values, self.tensor_max * max(self._targets))
-                difference = values - blocks
-                error = rules.block_sum(difference * difference if self.select == "mse" else difference.abs())
+                    values.mul_(level[0].expand_as(size)[:, None, :, None])
+                    values.div_(values.new_full((), self.tensor_max * max(self._targets)))
+                difference = values.sub_(blocks)
+                error = rules.block_sum(difference.square_() if self.select == "mse" else difference.abs_())
                 mark = torch.full_like(size, name == self.second, dtype=torch.bool)
                 if best is None:
                     best = error, multiplier, scale, mark

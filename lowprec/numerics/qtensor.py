@@ -29,6 +29,15 @@ def spread(blocks: Tensor, free: int, contracted: int, rows: int, k: int) -> Ten
     return blocks
 
 
+def _times(values: Tensor, blocks: Tensor, free: int, contracted: int) -> Tensor:
+    """values (rows, k), overwritten, times one number a block."""
+    rows, k = values.shape
+    if rows % free or k % contracted:
+        return values.mul_(spread(blocks, free, contracted, rows, k))
+    values.view(-1, free, k // contracted, contracted).mul_(blocks[:, None, :, None])
+    return values
+
+
 @dataclass(frozen=True)
 class QTensor:
     """A quantised matrix.
@@ -73,11 +82,11 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(rows, k): element * block scale in fp32, then * tensor scale; kept within fp32's finite range."""
-        out = self.values() * spread(self.block_scales(), *self._block, *self.shape)
+        out = _times(self.values(), self.block_scales(), *self._block)
         if self.tensor_scale is not None:
-            scale = self.tensor_scale
-            out = out * (spread(scale, 1, 128, *self.shape) if self.format.tensor_scale == 128 else scale)
-        return out.clamp(-FLT_MAX, FLT_MAX).to(dtype)
+            per_128 = self.tensor_scale.dim() == 2 and self.format.tensor_scale == 128
+            out = _times(out, self.tensor_scale, 1, 128) if per_128 else out.mul_(self.tensor_scale)
+        return out.clamp_(-FLT_MAX, FLT_MAX).to(dtype)
 
     def pack(self) -> Tensor:
         """Codes as stored: up to four bits two to a byte, low nibble = even column; up to eight a byte; else int16.

@@ -13,7 +13,8 @@ rounded once to fp32:
            ``rceil`` ``ceil(log2(size / max))``, never saturates (NVIDIA's MXFP8, arXiv:2506.08027);
            ``floor`` ``floor(log2 size) - floor(log2 max)`` (OCP), the block's maximum may saturate;
            ``ceil``  ``ceil(log2 size) - floor(log2 max)``;
-           ``even``  as floor, of the size first rounded half up to the element's mantissa bits.
+           ``even``  as floor, of the size first rounded half up to the element's mantissa bits;
+           ``nearest`` the integer nearest to ``log2(size / max)``.
 ``e4m3``   two-level NVFP4 scaling (arXiv:2509.25149 appendix B, the order of TransformerEngine main since 2.15); with
            ``T = tensor_max`` and ``target`` the largest of the targets::
 
@@ -22,8 +23,9 @@ rounded once to fp32:
                m     = min(1 / (scale * fl(1 / S_enc)), FLT_MAX)
                tensor_scale = tensor_size / (T * target)
 
-           ``te_2_14``: ``scale = e4m3_nearest(min((size / target) * S_enc, 448))``, the order up to version 2.14. A second target t
-           multiplies that by ``target / t`` before rounding (under ``nearest`` it takes the place of ``target``).
+           ``te_2_14``: ``scale = e4m3_nearest(min((size / target) * S_enc, 448))``, the order up to version 2.14. A
+           second target t multiplies that by ``target / t`` before rounding; under ``nearest`` t replaces ``target``
+           in the scale.
 ``ue5m3``  the same with an unsigned byte of five exponent bits that reaches 61440 (arXiv:2609.02846).
 ``none``   multiplier and scale 1 (masked-mantissa elements need no scale).
 
@@ -48,7 +50,7 @@ FLT_MAX = torch.finfo(torch.float32).max
 SCALES = ("fp32", "pow2", "e4m3", "ue5m3", "e8m0", "none")
 TWO_LEVEL = ("e4m3", "ue5m3")
 ROUNDINGS = {
-    "e8m0": ("rceil", "floor", "ceil", "even"),
+    "e8m0": ("rceil", "floor", "ceil", "even", "nearest"),
     "e4m3": ("nearest", "te_2_14"),
     "ue5m3": ("nearest", "te_2_14"),
 }
@@ -62,8 +64,8 @@ def tree_sum(t: Tensor, dim: int) -> Tensor:
     n = t.shape[dim]
     while n > 1:
         half = 1 << (n - 1).bit_length() - 1
-        tail = t.narrow(dim, half, n - half)
-        t = torch.cat([t.narrow(dim, 0, n - half) + tail, t.narrow(dim, n - half, 2 * half - n)], dim)
+        head = t.narrow(dim, 0, n - half) + t.narrow(dim, half, n - half)
+        t = head if n == 2 * half else torch.cat([head, t.narrow(dim, n - half, 2 * half - n)], dim)
         n = half
     return t
 
@@ -71,6 +73,11 @@ def tree_sum(t: Tensor, dim: int) -> Tensor:
 def block_sum(t: Tensor) -> Tensor:
     """(R, free, C, contracted) -> (R, C): :func:`tree_sum` over the contracted axis, then over the free one."""
     return tree_sum(tree_sum(t, 3), 1)[:, 0, :, 0]
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2**exponent exactly, for int32 exponents in -127 .. 127; fp32."""
+    return torch.where(exponent < -126, 1 << 22, exponent + 127 << 23).view(torch.float32)
 
 
 def block_size(blocks: Tensor, rule: str, coef: float) -> Tensor:
@@ -82,8 +89,7 @@ def block_size(blocks: Tensor, rule: str, coef: float) -> Tensor:
     absmax = magnitude.amax(dim=(1, 3))
     if rule == "absmax":
         return torch.where(absmax.isfinite(), absmax, torch.nan)
-    exponent = torch.frexp(absmax.nan_to_num(0.0, 0.0)).exponent.clamp(-125, 126)
-    power = torch.exp2(exponent.float())  # (R, C)
+    power = power_of_two(((absmax.view(torch.int32) >> 23) - 126).clamp(-125, 126))  # (R, C), above absmax
     unit = blocks / power[:, None, :, None]
     count = torch.full((), float(blocks.shape[1] * blocks.shape[3]), device=blocks.device)
     if rule == "median":
@@ -111,8 +117,11 @@ def fp32_scale(size: Tensor, target: float, input_dtype: torch.dtype, pow2: bool
 
 def e8m0_scale(size: Tensor, element: Element, rounding: str) -> tuple[Tensor, Tensor]:
     """Sizes -> multiplier and scale, powers of two in fp32."""
-    if rounding == "rceil":
-        bits = (size / element.max).view(torch.int32)
+    ratio = size / torch.full_like(size, element.max)  # by a number, GPUs would multiply by its reciprocal
+    if rounding == "nearest":
+        exponent = ratio.view(torch.int32) + (0x800000 - 0x3504F4) >> 23  # mantissas above sqrt(2) go up
+    elif rounding == "rceil":
+        bits = ratio.view(torch.int32)
         exponent, mantissa = bits >> 23, bits & 0x7FFFFF
         exponent = exponent + ((mantissa > 0) & ~((exponent == 0) & (mantissa <= 0x400000))).int()
     else:
@@ -124,8 +133,8 @@ def e8m0_scale(size: Tensor, element: Element, rounding: str) -> tuple[Tensor, T
             exponent = exponent + ((bits & 0x7FFFFF) > 0).int()
     exponent = exponent.clamp(0, 254)
     nan = size.isnan()
-    multiplier = torch.where(nan, torch.nan, torch.exp2((127 - exponent).float()))
-    return multiplier, torch.where(nan, torch.nan, torch.exp2((exponent - 127).float()))
+    multiplier = torch.where(nan, torch.nan, power_of_two(127 - exponent))
+    return multiplier, torch.where(nan, torch.nan, power_of_two(exponent - 127))
 
 
 def encode_scale(tensor_size: Tensor, unit: float) -> tuple[Tensor, Tensor]:

@@ -166,10 +166,8 @@ def test_layers_draw_different_bits():
 
 
 def test_a_refusal_is_said_once_in_words():
-    """The C++ kernels do not know int8: the plan says so in one line, however many layers and products it concerns."""
-    node = {
-        "linear": {"int8": {"fprop": {"x": "int8_row", "w": "int8_row"}, "dgrad": {"dy": "int8_row", "w": "int8_row"}}}
-    }
-    plan = Plan.of(Model(3), load_precision({**node, "rules": [{"match": "*", "recipe": "int8"}]}))
+    """The C++ kernels do not know IF4: the plan says so in one line, however many layers and products it concerns."""
+    node = {"linear": {"if4": {"fprop": {"x": "if4", "w": "if4"}, "dgrad": {"dy": "if4", "w": "if4"}}}}
+    plan = Plan.of(Model(3), load_precision({**node, "rules": [{"match": "*", "recipe": "if4"}]}))
     notes = [line for line in plan.table(tokens=64).splitlines() if line.startswith("note:")]
-    assert len(notes) == 1 and notes[0].startswith("note: torch computes instead of cpu: ") and "int8" in notes[0]
+    assert len(notes) == 1 and notes[0].startswith("note: cpu_portable computes instead of cpu: ") and "if4" in notes[0]

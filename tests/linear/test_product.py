@@ -239,3 +239,18 @@ def test_blocks_may_not_straddle_tensor_parallel_ranks():
     assert "128x128" in shard_refusal(deepseek, 256, 1024, 4, 0)
     assert "do not divide" in shard_refusal(nv, 250, 256, 4, 0)
     assert "rotation of fprop" in shard_refusal(load_recipe("halo2_fp8"), 256, 256, 2, 1)
+
+
+def test_formats_that_count_zeros_are_not_padded():
+    """A mean over a block, or a grid without zero, would see padding: odd sizes give the definition, or a refusal."""
+    o = Operand(Format("q", "midrise4", (1, 0), rule="rms", coef=2.0))
+    g = torch.Generator().manual_seed(0)
+    t = {"x": torch.randn(37, 42, generator=g), "w": torch.randn(50, 42, generator=g)}
+    out = product("fprop", t, Call(LinearRecipe("q", Gemm(o, o)), Stream(), Policy("auto")), torch.float32)
+    expected = o.format.quantize(t["x"]).dequantize() @ o.format.quantize(t["w"]).dequantize().T
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+    blocks = Operand(Format("q", "midrise4", (1, 16), rule="rms", coef=2.0))
+    with pytest.raises(
+        ValueError, match="contracts 42 values, which its blocks would pad to 48, but its format counts"
+    ):
+        product("fprop", t, Call(LinearRecipe("q", Gemm(blocks, blocks)), Stream(), Policy()), torch.float32)

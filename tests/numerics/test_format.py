@@ -67,6 +67,21 @@ def test_precision_fades_to_zero_below_the_range_of_the_scales(name):
         assert out.isfinite().all() and out.abs().max() <= 1.5 * x.abs().max() + 1e-44
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_divisors_flushed_to_zero_do_not_make_nan(name):
+    """As on devices that flush subnormals: tiny blocks beside ordinary ones, and tensors of nothing else."""
+    assert torch.set_flush_denormal(True), "this CPU cannot flush subnormals"
+    try:
+        x = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+        for low in (1e-30, 1e-36, 1e-38, 3e-39, 1e-44):
+            mixed = x.clone()
+            mixed[16:] *= low
+            for t in (mixed, x * low):
+                assert FORMATS[name].quantize(t).dequantize().isfinite().all(), low
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_subnormals_of_mxfp8_keep_their_relative_precision():
     """E8M0 reaches 2^-127, so fp32-subnormal blocks still have three mantissa bits: half a step is |x| / 16."""
     x = (Stream().noise("x", (4, 64)) - 0.5) * 1e-39

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowprec.numerics import ELEMENTS, FORMATS, Format, QTensor
-from lowprec.numerics.scale import block_size, tree_sum
+from lowprec.numerics.scale import block_size, power_of_two, tree_sum
 
 
 def test_tree_sum_order():
@@ -144,6 +144,7 @@ def test_a_given_maximum_replaces_the_tensors_own(name):
     assert eighth is None or eighth.block_scales().max() == 448
     x[0, 0] = torch.inf
     assert format.quantize(x, amax=torch.tensor(4.0)).dequantize()[0, 0].isnan()
+    assert format.quantize(torch.ones(2, 32), amax=torch.tensor(torch.inf)).dequantize().isnan().all()
     with pytest.raises(ValueError, match="amax must be one number"):
         FORMATS["nvfp4_row"].quantize(x, amax=torch.tensor(1.0))
 
@@ -159,3 +160,29 @@ def test_masked_mantissas_need_no_scale():
         assert torch.equal(QTensor.unpack(q.pack(), format), q.codes) and q.pack().dtype == torch.int16
         assert q.nbytes() == 2 * x.numel()
     assert torch.equal(Format("bf16", "e8m7", (1, 0), "none").quantize(x).dequantize(), x.float())
+
+
+def test_powers_of_two_are_exact():
+    """Every scale that e8m0 can store, the subnormal 2^-127 included, against fp64."""
+    exponent = torch.arange(-127, 128, dtype=torch.int32)
+    assert torch.equal(power_of_two(exponent).double(), torch.pow(2.0, exponent.double()))
+
+
+def test_roundings_of_e8m0_scales():
+    """Around every power of two and sqrt(2): each rounding against its formula in fp64."""
+    size = torch.cat(
+        [2.0**e * torch.tensor([0.99, 1.0, 1.01, 1.2, 1.42, 1.49, 1.51, 1.7, 1.9]) for e in range(-90, 90)]
+    )
+    x = torch.zeros(len(size), 32)
+    x[:, 7] = size
+    log = size.double().log2()
+    expected = {
+        "rceil": (size.double() / 6).log2().ceil(),
+        "floor": log.floor() - 2,
+        "ceil": log.ceil() - 2,
+        "nearest": (size.double() / 6).log2().round(),
+        "even": ((size.double() / 2.0 ** log.floor() * 2 + 0.5).floor() / 2 * 2.0 ** log.floor()).log2().floor() - 2,
+    }
+    for rounding, exponent in expected.items():
+        q = replace(FORMATS["mxfp4"], scale_rounding=rounding).quantize(x)
+        assert torch.equal(q.block_scales()[:, 0].double(), 2.0**exponent), rounding

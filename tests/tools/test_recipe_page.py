@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lowprec.linear import load_recipe
+from lowprec.linear.parse import parse_format
 from lowprec.tools import recipe_page
 from lowprec.tools.numerics import SHAPE, collect, shipped, synthetic
+from lowprec.tools.numerics_cost import operands
 from lowprec.tools.numerics_data import KINDS
 from lowprec.tools.numerics_measure import recipes_of
 
@@ -98,8 +101,9 @@ def test_words_become_markdown() -> None:
     )
 
 
-def test_times_are_shown_where_they_were_measured(table: dict) -> None:
+def test_times_are_shown_where_they_were_measured(monkeypatch: pytest.MonkeyPatch, table: dict) -> None:
     """Without times the page has no column for them; with some, the others have a dash."""
+    monkeypatch.setattr(recipe_page, "shipped", lambda: ["mxfp8", "nvfp4"])
     without = {name: {key: entry[key] for key in ("fingerprint", "figures")} for name, entry in table.items()}
     assert "bf16 = 1" not in recipe_page.page(without)
     some = {**without, "nvfp4": {**without["nvfp4"], "time": {"over_bf16": 0.93, "backend": "cpu"}}}
@@ -114,3 +118,12 @@ def test_times_come_from_the_benchmark(monkeypatch: pytest.MonkeyPatch, table: d
     monkeypatch.setattr(recipe_page, "shipped", lambda: ["bf16", "mxfp8"])
     timed = recipe_page.timed({name: table[name] for name in ("bf16", "mxfp8")}, reps=1)
     assert timed["mxfp8"]["time"]["over_bf16"] > 0 and "time" not in timed["bf16"]
+
+
+@pytest.mark.parametrize("stem", shipped())
+def test_formats_are_written_as_a_precision_file_would(stem: str) -> None:
+    """Each format line of the page, read as YAML, is the format that the recipe uses."""
+    recipes = recipes_of(stem).values()
+    used = {o.format.name: o.format for recipe in recipes for *_, o in operands(recipe) if o.format is not None}
+    written = yaml.safe_load("\n".join(recipe_page._format_lines(recipes))) or {}
+    assert {name: parse_format(name, written[name]) for name in used} == used
