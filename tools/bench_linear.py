@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from lowprec.linear import Policy, QuantizedLinear, load_recipe
 from lowprec.linear.backends import CHOICES, choose
+from lowprec.linear.call import padded_sizes
 from lowprec.linear.precision import RECIPES_FOLDER, load_precision
-from lowprec.linear.product import padded_sizes
 from lowprec.numerics import sqnr_db
 
 TOLERANCE_DB = 0.1  # only orders of fp32 sums, and codes at ties after a rounding of such sums, may differ

@@ -8,9 +8,9 @@ Quantise and dequantise a matrix, in fp32 and bf16, to nearest and stochasticall
 memory that is there already (``y.copy_(x)``). Every measurement stands beside one of the copy, and a row shows the
 median of the ratios of such neighbours, which a busy machine disturbs far less than the times themselves.
 
-A row cannot be quick by being wrong: the values must equal those of the definition (``Format.quantize``, plain torch),
-bit for bit with the sign of zero, on a matrix of outliers, zeros, tiny and huge blocks, NaN and infinity, and on a slice
-of the matrix that was timed. Otherwise the exit code is 1 and a sentence says which row.
+A row cannot be quick by being wrong: the values must equal those of the definition (``Format.quantize``, plain
+torch), bit for bit with the sign of zero, on a matrix of outliers, zeros, tiny and huge blocks, NaN and infinity, and
+on a slice of the matrix that was timed. Otherwise the exit code is 1 and a sentence says which row.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the folder that holds the package takes the place of tools/
@@ -129,8 +130,7 @@ def measure(formats: list[str], dtypes: list[str], shape: tuple[int, int], reps:
                 equal = is_equal(x, format, rounding)
                 ratios = []
                 for rep in range(reps + 1):
-                    copy = _seconds(lambda: copied.copy_(x))
-                    own = _seconds(lambda: fast(x, format, rounding, made))  # noqa: B023
+                    copy, own = _seconds(partial(copied.copy_, x)), _seconds(partial(fast, x, format, rounding, made))
                     if rep:  # the first touches the memory
                         ratios.append(own / copy)
                 rows.append(Row(name, rounding, dtype, statistics.median(ratios), equal))
@@ -173,7 +173,9 @@ def main(argv: list[str] | None = None) -> int:
     if a.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:
-        print(f"quantise and dequantise {a.shape[0]} x {a.shape[1]}, {torch.get_num_threads()} thread(s); time / copy\n")
+        print(
+            f"quantise and dequantise {a.shape[0]} x {a.shape[1]}, {torch.get_num_threads()} thread(s); time / copy\n"
+        )
         print(table(rows))
     wrong = [f"{row.format} {row.rounding} {row.dtype}" for row in rows if not row.equal]
     if wrong:

@@ -30,8 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowprec.linear import BF16, LinearRecipe, QuantizedLinear, load_precision, oracle, product
-from lowprec.linear.product import Call, Policy
+from lowprec.linear import BF16, Call, LinearRecipe, Policy, QuantizedLinear, load_precision, operands, oracle
+from lowprec.linear.backends import Side
+from lowprec.linear.call import pad_to, padded_sizes
 from lowprec.linear.recipe import GEMM_OPERANDS, Gemm, Operand
 from lowprec.linear.state import end_step
 from lowprec.numerics import sqnr_db
@@ -146,7 +147,7 @@ class Seen:
     codes: oracle.Prepared
 
 
-def seen(layer: QuantizedLinear, t: Tensors, role: str, side: product.Side) -> Seen:
+def seen(layer: QuantizedLinear, t: Tensors, role: str, side: Side) -> Seen:
     """Follow one operand through the first steps of :mod:`lowprec.linear.product`."""
     call = Call(layer.recipe, layer.clock.stream(layer.layer), layer.policy, layer.state)
     gemm: Gemm = getattr(layer.recipe, role)
@@ -154,24 +155,24 @@ def seen(layer: QuantizedLinear, t: Tensors, role: str, side: product.Side) -> S
     tensors = {"x": t.x_TK, "w": t.w_NK, "dy": t.dy_TN}
     (tokens, inputs), outputs = t.x_TK.shape, t.w_NK.shape[0]
     m, n, k = products_of((tokens, inputs, outputs))[role]
-    sizes = product.padded_sizes(gemm, m, n, k, layer.policy.pad)
+    sizes = padded_sizes(gemm, m, n, k, layer.policy.pad)
 
     def placed(x: Tensor) -> Tensor:
-        padded = product.pad_to(x, sizes[side == "b"], sizes[2])
-        return product._outer(role, padded, gemm.outer_b if side == "b" else gemm.outer_a, side, call)
+        padded = pad_to(x, sizes[side == "b"], sizes[2])
+        return operands.outer(role, padded, gemm.outer_b if side == "b" else gemm.outer_a, side, call)
 
     def rotated(x: Tensor) -> Tensor:
         return (oracle.turned(x, gemm.inner, call.stream, role) if gemm.inner else x).float()
 
-    value, factor = product._source(role, side, tensors, call)
+    value, factor = operands.source(role, side, tensors, call)
     exact = value
     if operand.source == "fprop":  # the same without its rounding, in the forward's rotated space if there is one
         unrounded: Any = dataclasses.replace(gemm, **{side: Operand(reuse=True)})  # type: ignore[arg-type]
         plain = dataclasses.replace(call, recipe=dataclasses.replace(layer.recipe, **{role: unrounded}))
-        exact = product._source(role, side, tensors, plain)[0]
-    terms = product._terms(role, side, placed(value), tensors, call)
+        exact = operands.source(role, side, tensors, plain)[0]
+    terms = operands.terms_of(role, side, placed(value), tensors, call)
     main = terms.parts[0]
-    amax = product._amax(role, name, main[0], main[1], gemm, call)
+    amax = operands.amax_of(role, name, main[0], main[1], gemm, call)
     rounded, codes = torch.zeros(terms.of.shape, device=value.device), None
     for part, treatment in terms.parts:
         q = oracle.prepare(part, treatment, gemm.inner, call.stream, role, name, amax if part is main[0] else None)
@@ -183,7 +184,7 @@ def seen(layer: QuantizedLinear, t: Tensors, role: str, side: product.Side) -> S
     return Seen(rotated(placed(exact)), rounded if factor is None else rounded * factor, rotated(main[0]), codes)
 
 
-def operand_row(layer: QuantizedLinear, t: Tensors, role: str, side: product.Side, bits: float) -> OperandRow:
+def operand_row(layer: QuantizedLinear, t: Tensors, role: str, side: Side, bits: float) -> OperandRow:
     """What one operand loses."""
     name, operand = GEMM_OPERANDS[role][side == "b"], getattr(getattr(layer.recipe, role), side)
     s = seen(layer, t, role, side)

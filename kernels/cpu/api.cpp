@@ -9,6 +9,7 @@
 #include "gemm_bf16.h"
 #include "hadamard.h"
 #include "operand.h"
+#include "stored.h"
 
 template <class T>
 static void product(const Packed& a, const Packed& b, T* out) {
@@ -48,6 +49,16 @@ void lowprec_dequantise(const Packed* p, void* out, int out_bf16, int transposed
 void lowprec_to_bf16(const Packed* p, const Packed* out, int threads) {
 #pragma omp parallel num_threads(threads)
   to_bf16(*p, *out);
+}
+
+// A prepared operand to little memory and back; the packed one comes with its memory, sizes and outer scales.
+void lowprec_store(const Packed* p, const StoreArgs* s, int threads) {
+#pragma omp parallel num_threads(threads)
+  store_or_restore<false>(*p, *s);
+}
+void lowprec_restore(const Packed* p, const StoreArgs* s, int threads) {
+#pragma omp parallel num_threads(threads)
+  store_or_restore<true>(*p, *s);
 }
 
 // Element values (free_size, k) and scales (free_size, k / block), fp32.

@@ -1,19 +1,21 @@
 """CpuBackend: quantised matrix products on the CPU, in C++.
 
-:meth:`CpuBackend.prepare` quantises an operand, along whichever axis is contracted, straight into the layout the products
-read; :meth:`CpuBackend.multiply` multiplies two of them: small integers (FP4, INT8, ...) on the int8 unit
+:meth:`CpuBackend.prepare` quantises an operand, along whichever axis is contracted, straight into the layout that the
+products read; :meth:`CpuBackend.multiply` multiplies two of them: small integers (FP4, INT8, ...) on the int8 unit
 (:file:`gemm_vnni.h`), everything else in bf16 (:file:`gemm_bf16.h`), which holds all elements exactly.
 
-What is equal and what is bounded. Codes and scales are bit for bit those of :mod:`lowprec.numerics`. Products of integers
-in blocks along k are bit for bit those of ``lowprec/linear/oracle.py`` as long as a block's sum of products fits fp32's
-24 bits (FP4: any block; INT8: blocks up to 1024); beyond, and for one block over the whole axis, the sum here is exact and
-rounded once, where the definition's fp32 sum is not. FP8 and unquantised operands differ by the order of an fp32 sum
-inside a block: ``2 k 2^-24 sum|a||b|``. Nothing depends on the number of threads.
+What is equal and what is bounded. Codes and scales are bit for bit those of :mod:`lowprec.numerics`. Products of
+integers in blocks along k are bit for bit those of ``lowprec/linear/oracle.py`` as long as a block's sum of products
+fits fp32's 24 bits (FP4: blocks up to 65536; INT8: up to 1024). Beyond, and where both operands have one scale along
+all of k, the sum here is exact and rounded once; the definition's fp32 sum is not. FP8 and unquantised operands differ
+by the order of an fp32 sum inside a block: ``2 k 2^-24 sum|a||b|``; the bf16 unit reads subnormals of unquantised
+operands (below 1.2e-38) as zeros. Nothing depends on the number of threads.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 from functools import lru_cache
 from typing import Any
@@ -30,17 +32,20 @@ from lowprec.kernels.cpu.operand import (
     OperandArgs,
     PackedArgs,
     PackedOperand,
+    StoredOperand,
     code_scale,
     element_args,
     empty_packed,
     fill_scale,
     refuse_operand,
+    store_args,
 )
 from lowprec.numerics import Format, Stream, fixed_signs
 from lowprec.numerics import rotate as rotate_torch
 from lowprec.numerics.hadamard import hadamard_order_refusal
 from lowprec.numerics.scale import block_size
 
+Prepared = PackedOperand | StoredOperand
 OPERAND_NAMES = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
 
 
@@ -144,8 +149,9 @@ class CpuBackend:
         """
         return self._prepare(x, gemm, side, stream, role, amax, may_fold=True)
 
-    def multiply(self, a: PackedOperand, b: PackedOperand, gemm: Any, out_dtype: torch.dtype) -> Tensor:
+    def multiply(self, a: Prepared, b: Prepared, gemm: Any, out_dtype: torch.dtype) -> Tensor:
         """Prepared operands (m, k), (n, k) -> (m, n) of ``out_dtype``, bf16 or fp32."""
+        a, b = _restored(a), _restored(b)
         assert a.k == b.k and out_dtype in INPUT_MAX, (a.k, b.k, out_dtype)
         if not (a.args.int8 and b.args.int8 and a.args.block == b.args.block and a.args.biased and not b.args.biased):
             a, b = _as_bf16(a), _as_bf16(b)
@@ -154,17 +160,25 @@ class CpuBackend:
         _library().lowprec_multiply(*pointers, out_dtype == torch.bfloat16, torch.get_num_threads())
         return out
 
-    def stored(self, prepared: PackedOperand, gemm: Any, side: str) -> PackedOperand:
-        """The operand in the least memory known, to be kept for the backward."""
-        return prepared
+    def stored(self, prepared: PackedOperand, gemm: Any, side: str) -> StoredOperand:
+        """The operand in little memory, to be kept for the backward: 4, 8 or 16 bits a code, 16 or 32 a block scale."""
+        args, bits = store_args(prepared.args, prepared.element)
+        codes = prepared.rows * prepared.k * bits // 8
+        scales = prepared.rows * (prepared.k // prepared.args.block_size) * (2 if args.scales_bf16 else 4)
+        memory = torch.empty(codes + scales + 4 * prepared.rows, dtype=torch.uint8)
+        args.codes, args.scales = memory.data_ptr(), memory.data_ptr() + codes
+        _library().lowprec_store(ctypes.byref(prepared.args), ctypes.byref(args), torch.get_num_threads())
+        memory[codes + scales :] = prepared.outer()
+        return StoredOperand(memory, args, dataclasses.replace(prepared, memory=torch.empty(0, dtype=torch.uint8)))
 
-    def unpacked(self, prepared: PackedOperand, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def unpacked(self, prepared: Prepared, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What a prepared operand stands for: values * block scales (rows, k), and the tensor scale () or (rows, 1).
 
         Args:
             dtype: of the values, bf16 or fp32; FP4 and INT8 values times E4M3 or power-of-two scales are exact in bf16.
         """
         assert dtype in INPUT_MAX, dtype
+        prepared = _restored(prepared)
         out = torch.empty(prepared.rows, prepared.k, dtype=dtype)
         pointer, is_bf16 = ctypes.c_void_p(out.data_ptr()), dtype == torch.bfloat16
         _library().lowprec_dequantise(ctypes.byref(prepared.args), pointer, is_bf16, False, torch.get_num_threads())
@@ -198,7 +212,7 @@ class CpuBackend:
         rows, k = x.shape
         args = OperandArgs(free_size=rows, k=k, threads=torch.get_num_threads(), may_fold=may_fold, biased=side == "a")
         keep: list[Tensor] = []  # what the arguments point to
-        measured = format is not None and format.rule != "absmax"
+        measured = None if format is None or format.rule == "absmax" else format
         if gemm.inner is not None:
             size = gemm.inner.size or k
             signs = _signs(gemm.inner, stream, role, size)
@@ -209,8 +223,8 @@ class CpuBackend:
                 keep += [_factors(one, size) for one in signs]
                 args.rotation, args.rounds = size, len(signs)
                 args.factors[: len(signs)] = [factors.data_ptr() for factors in keep]
-        if measured:
-            keep.append(_sizes(x, format))
+        if measured is not None:
+            keep.append(_sizes(x, measured))
             args.sizes = keep[-1].data_ptr()
         if amax is not None:
             keep.append(amax.detach().float().reshape(1).contiguous())
@@ -223,7 +237,7 @@ class CpuBackend:
         else:
             _fill(args, gemm, operand, x.dtype, stream, key)
             block = format.block[1] or k
-        memory, packed = empty_packed(rows, k, block, bool(args.int8))
+        memory, packed = empty_packed(rows, k, block, bool(args.int8), may_fold)
         packed.biased, packed.code_scale = args.biased, args.code_scale
         packed.uniform = format is not None and format.block[0] != 1
         packed.code_max = args.code_scale * args.element.max
@@ -231,7 +245,8 @@ class CpuBackend:
         library.lowprec_advise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(memory.numel()))
         library.lowprec_prepare(ctypes.byref(args), ctypes.byref(packed))
         del keep
-        return PackedOperand(rows, k, memory, packed, format is not None and format.tensor_scale == "row")
+        by_row = format is not None and format.tensor_scale == "row"
+        return PackedOperand(rows, k, memory, packed, by_row, format.element if format else None)
 
 
 def _refuse_sizes(gemm: Any, m: int | None, n: int, k: int | None) -> str | None:
@@ -247,7 +262,7 @@ def _refuse_sizes(gemm: Any, m: int | None, n: int, k: int | None) -> str | None
     if gemm.inner and not gemm.inner.size and k is not None and hadamard_order_refusal(k):
         return hadamard_order_refusal(k)
     if k is not None and _int8(gemm):
-        longest = (2**31 - 1) // int(math.prod(code_scale(f.element) * f.element_type.max for f in _formats(gemm)))
+        longest = (2**31 - 1) // math.prod(int((code_scale(f.element) or 1) * f.element_type.max) for f in _formats(gemm))
         if (blocks[0][1] or k) > longest:
             return f"k = {k}: the int32 sum of a block may overflow beyond {longest}"
     return None
@@ -291,15 +306,35 @@ def _as_bf16(packed: PackedOperand) -> PackedOperand:
     """The same operand with bf16 values for codes: for a partner prepared for another product."""
     if not packed.args.int8:
         return packed
-    codes = torch.empty(packed.rows * packed.k * 2, dtype=torch.uint8)
+    memory, args = empty_packed(packed.rows, packed.k, packed.args.block, int8=False, may_fold=False)
+    places = {name: getattr(args, name) for name in ("codes", "block_scales", "outer")}
     args = PackedArgs.from_buffer_copy(packed.args)
-    args.codes, args.int8 = codes.data_ptr(), False
+    for name, place in places.items():
+        setattr(args, name, place)
+    args.int8, args.scales = False, args.block_scales
+    ctypes.memmove(args.block_scales, packed.args.block_scales, packed.rows * (packed.k // args.block) * 4)
+    ctypes.memmove(args.outer, packed.args.outer, packed.rows * 4)
     _library().lowprec_to_bf16(ctypes.byref(packed.args), ctypes.byref(args), torch.get_num_threads())
-    both = torch.cat([codes, packed.memory])
-    shift = both.data_ptr() + codes.numel() - packed.memory.data_ptr()
-    args.codes = both.data_ptr()
-    args.scales, args.starts, args.outer = args.scales + shift, args.starts + shift, args.outer + shift
-    return PackedOperand(packed.rows, packed.k, both, args, packed.by_row)
+    return dataclasses.replace(packed, memory=memory, args=args)
+
+
+def _restored(operand: Prepared) -> PackedOperand:
+    """The operand as the products read it."""
+    if isinstance(operand, PackedOperand):
+        return operand
+    was, old = operand.packed, operand.packed.args
+    folded = old.block != old.block_size
+    memory, args = empty_packed(was.rows, was.k, old.block_size, bool(old.int8), folded)
+    places = {name: getattr(args, name) for name in ("codes", "scales", "block_scales", "starts", "outer")}
+    args = PackedArgs.from_buffer_copy(old)
+    for name, place in places.items():
+        setattr(args, name, place)
+    if not folded:
+        args.scales = args.block_scales
+    packed = dataclasses.replace(was, memory=memory, args=args)
+    packed.outer().copy_(operand.memory[-4 * was.rows :])
+    _library().lowprec_restore(ctypes.byref(args), ctypes.byref(operand.args), torch.get_num_threads())
+    return packed
 
 
 def _library() -> ctypes.CDLL:

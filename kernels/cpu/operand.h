@@ -87,7 +87,7 @@ struct Quantiser {
   int64_t block;             // contracted elements under one scale
   bool fold = false;         // powers of two go into the bf16 codes
   std::vector<Slot> thread_maxima, fine, lows, highs;  // fine: of every 16 contracted elements; lows, highs: exponents
-  std::vector<float> multipliers, table;               // like out.scales, where blocks exceed a tile; table: scales to fold
+  std::vector<float> multipliers;                      // like out.block_scales, where blocks exceed a tile
   std::vector<Outer> outers;                           // [panel][k / 128, or 1], where rows have their own
 
   Quantiser(const OperandArgs& a, Packed& p) : args(a), out(p), block(a.k_block ? a.k_block : a.k) {
@@ -98,7 +98,6 @@ struct Quantiser {
     if (needs_table()) multipliers.resize(a.free_size * groups());
     if (by_row()) outers.resize(a.free_size / 16 * outers_a_panel());
     fold = a.may_fold && powers() && !a.int8 && !whole();
-    if (fold && needs_table()) table.resize(multipliers.size());
   }
   int64_t groups() const { return args.k / block; }
   bool identity() const { return args.element.kind == ANY; }
@@ -200,7 +199,7 @@ struct Quantiser {
         seen.add(m, scale);
         for (int64_t p = p0; p < p0 + tall; p++) {
           _mm512_storeu_ps(multipliers.data() + (p * groups() + g) * 16, multiplier);
-          _mm512_storeu_ps((fold ? table.data() : out.scales) + (p * groups() + g) * 16, scale);
+          _mm512_storeu_ps(out.block_scales + (p * groups() + g) * 16, scale);
         }
       }
     seen.merge(*this);
@@ -245,7 +244,7 @@ struct Quantiser {
     }
 #pragma omp single nowait
     if (whole() || fold)
-      for (int64_t p = 0; p < args.free_size; p += 16) _mm512_storeu_ps(out.scales + p, whole_scale);
+      for (int64_t p = 0; p < args.free_size; p += 16) _mm512_storeu_ps((fold ? out.scales : out.block_scales) + p, whole_scale);
     Exponents seen;
     const bool in_tile_ = in_tile(), whole_ = whole(), fold_ = fold, powers_ = powers(), eden = args.mode == MS_EDEN, wide = args.scale.level == WIDE;
     const int depth_ = depth(), step = in_tile_ ? (int)args.k_block : 16;
@@ -264,10 +263,10 @@ struct Quantiser {
           if (args.scale.targets > 1) choose<R>(grid, tile + k, step, outer, m, multiplier, scale);
           if (powers_) seen.add(m, scale);
           if (fold_) factor = scale;
-          else _mm512_storeu_ps(out.scales + at, wide && !eden ? _mm512_mul_ps(scale, outer.scale) : scale);
+          _mm512_storeu_ps(out.block_scales + at, wide && !eden ? _mm512_mul_ps(scale, outer.scale) : scale);
         } else if (!whole_) {
           multiplier = _mm512_loadu_ps(multipliers.data() + at);
-          if (fold_) factor = _mm512_loadu_ps(table.data() + at);
+          if (fold_) factor = _mm512_loadu_ps(out.block_scales + at);
         }
         uint32_t* codes = out.codes + (panel * words + (k0 + k) / out.per()) * 16;
         const I sum = round_and_pack<R, INT8>(grid, tile + k, noise + k, step, multiplier, factor, codes, out.biased);
@@ -310,7 +309,7 @@ struct Quantiser {
   template <Rounding R>
   void correct(const Grid& grid, const TileRow* tile, int64_t panel, int64_t k) const {
     V uu[MAX_DEPTH], uq[MAX_DEPTH];
-    float* scales = out.scales + (panel * groups() + k / block) * 16;
+    float* scales = out.block_scales + (panel * groups() + k / block) * 16;
     const int blocks = args.group / (int)block;
     const bool wide = args.scale.level == WIDE;
     for (int b = 0; b < blocks; b++) {
@@ -377,10 +376,7 @@ struct Quantiser {
         fill_table();
 #pragma omp barrier
 #pragma omp single
-        if (fold && !moderate()) {
-          fold = false;
-          std::copy(table.begin(), table.end(), out.scales);
-        }
+        if (!moderate()) fold = false;
       }
       quantise();
 #pragma omp barrier
@@ -398,7 +394,9 @@ struct Quantiser {
 
   void describe() {
     const int kind = args.scale.kind;
+    out.block_size = block;
     out.block = fold ? args.k : block;
+    if (!fold) out.scales = out.block_scales;
     out.scale_bits = powers() || kind == NO_SCALE ? 1 : kind == E4M3 || kind == UE5M3 ? 4 : 24;
     if (args.scale.level == WIDE) out.scale_bits = 24;
     if (!powers()) out.low = kind == FP32 ? -1000 : -17, out.high = kind == FP32 ? 1000 : 15;

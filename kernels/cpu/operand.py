@@ -23,6 +23,7 @@ SCALE_ROUNDINGS = {"nearest": 0, "te_2_14": 1, "rceil": 2, "floor": 3, "ceil": 4
 ZEROS = {"keep": 0, "one": 1, "min": 2}
 MODES = {"nearest": 0, "stochastic": 1, "ms_eden": 2}
 MINIFLOAT, MIDRISE, MASKED, ANY = range(4)
+NIBBLES, BYTES, MINIFLOATS, AS_PACKED = range(4)
 LARGEST_TILE = 128  # contracted elements that are in registers and first-level cache together
 
 
@@ -53,8 +54,8 @@ class OperandArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("data", "sizes", "amax")),
         ("factors", ctypes.c_void_p * 2),
         *((name, ctypes.c_int64) for name in ("free_size", "k", "free_block", "k_block")),
-        *((name, ctypes.c_int32) for name in ("bf16", "contiguous_k", "mode", "group", "rotation", "rounds", "threads")),
-        *((name, ctypes.c_int32) for name in ("int8", "biased", "may_fold")),
+        *((name, ctypes.c_int32) for name in ("bf16", "contiguous_k", "mode", "group", "rotation", "rounds")),
+        *((name, ctypes.c_int32) for name in ("threads", "int8", "biased", "may_fold")),
         ("element", ElementArgs),
         ("code_scale", ctypes.c_float),
         ("scale", ScaleArgs),
@@ -66,10 +67,20 @@ class PackedArgs(ctypes.Structure):
     """``Packed`` of packed.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "starts", "outer")),
-        *((name, ctypes.c_int64) for name in ("free_size", "k", "block")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "block_scales", "starts", "outer")),
+        *((name, ctypes.c_int64) for name in ("free_size", "k", "block", "block_size")),
         *((name, ctypes.c_int32) for name in ("int8", "biased", "uniform", "scale_bits", "low", "high")),
         *((name, ctypes.c_float) for name in ("code_scale", "code_max", "tensor_scale")),
+    )
+
+
+class StoreArgs(ctypes.Structure):
+    """``StoreArgs`` of stored.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales")),
+        *((name, ctypes.c_int32) for name in ("kind", "min_exponent", "mantissa", "scales_bf16")),
+        *((name, ctypes.c_int8 * 16) for name in ("to_index", "to_code")),
     )
 
 
@@ -82,6 +93,7 @@ class PackedOperand:
         memory: uint8, everything the products read.
         args: where in the memory things lie.
         by_row: whether each row has a tensor scale of its own.
+        element: of its format; None if it is not quantised.
     """
 
     rows: int
@@ -89,19 +101,44 @@ class PackedOperand:
     memory: Tensor
     args: PackedArgs
     by_row: bool
+    element: str | None
 
     @property
     def nbytes(self) -> int:
         """Bytes it occupies."""
         return self.memory.numel()
 
+    def outer(self) -> Tensor:
+        """The tensor scale of every row, as bytes: (4 rows,) uint8, a view of the memory."""
+        first = self.args.outer - self.memory.data_ptr()
+        return self.memory[first : first + 4 * self.rows]
+
     @property
     def tensor_scale(self) -> Tensor:
         """fp32, () or (rows, 1)."""
         if not self.by_row:
             return torch.tensor(self.args.tensor_scale)
-        first = self.args.outer - self.memory.data_ptr()
-        return self.memory[first : first + 4 * self.rows].view(torch.float32)[:, None].clone()
+        return self.outer().view(torch.float32)[:, None].clone()
+
+
+@dataclass(frozen=True, eq=False)
+class StoredOperand:
+    """A prepared operand in little memory: what :attr:`packed` was, but for its memory.
+
+    Attributes:
+        memory: uint8: codes, scales, tensor scales.
+        args: where they lie, and how they are coded.
+        packed: the operand without memory.
+    """
+
+    memory: Tensor
+    args: StoreArgs
+    packed: PackedOperand
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it occupies."""
+        return self.memory.numel()
 
 
 @lru_cache(maxsize=64)
@@ -144,9 +181,8 @@ def refuse_operand(format: Format | None, rounding: str, group: int, dtype: torc
     in_tile = 0 < contracted <= LARGEST_TILE and (free == 1 or format.block == (16, 16)) and format.rule == "absmax"
     if len(format.targets) > 1 and not (in_tile and len(format.targets) == 2):
         return f"format {format.name} chooses between targets; the kernels do so for two, in blocks 1xB or 16x16"
-    if rounding == "ms_eden" and not (
-        in_tile and free == 1 and format.scale in ("e4m3", "ue5m3") and group <= LARGEST_TILE and not group & (group - 1)
-    ):
+    whole_groups = group <= LARGEST_TILE and not group & (group - 1)
+    if rounding == "ms_eden" and not (in_tile and free == 1 and format.scale in ("e4m3", "ue5m3") and whole_groups):
         return f"ms_eden of format {format.name}: the kernels know 1xB blocks with e4m3 or ue5m3 scales, groups to 128"
     return None
 
@@ -161,7 +197,8 @@ def fill_scale(args: ScaleArgs, format: Format, dtype: torch.dtype) -> None:
     args.kind, args.rounding, args.zero = SCALE_KINDS[format.scale], SCALE_ROUNDINGS[rounding], ZEROS[format.zero]
     args.level = int(format.tensor_scale) if isinstance(format.tensor_scale, bool) else levels[format.tensor_scale]
     args.targets, args.mae = len(targets), format.select == "mae"
-    args.mantissa, args.max_exponent, args.has_zero = element.mantissa_bits, element.max_exponent, element.values[0] == 0
+    args.mantissa, args.max_exponent = element.mantissa_bits, element.max_exponent
+    args.has_zero = element.values[0] == 0
     args.element_max, args.input_max, args.largest_target = element.max, INPUT_MAX[dtype], max(targets)
     for i, target in enumerate(targets):
         args.target[i], args.inverse_target[i], args.target_ratio[i] = target, 1.0 / target, max(targets) / target
@@ -169,13 +206,40 @@ def fill_scale(args: ScaleArgs, format: Format, dtype: torch.dtype) -> None:
     args.guard, args.inverse_guard = format.guard, 1.0 / format.guard
 
 
-def empty_packed(rows: int, k: int, block: int, int8: bool) -> tuple[Tensor, PackedArgs]:
+def empty_packed(rows: int, k: int, block: int, int8: bool, may_fold: bool) -> tuple[Tensor, PackedArgs]:
     """Memory for an operand (rows, k) with one scale per row and ``block``, and the places of its parts."""
     scales = rows * (k // block) * 4
-    sizes = {"codes": rows * k * (1 if int8 else 2), "scales": scales, "starts": scales if int8 else 0, "outer": rows * 4}
+    sizes = {
+        "codes": rows * k * (1 if int8 else 2),
+        "scales": rows * 4 if may_fold else 0,
+        "block_scales": scales,
+        "starts": scales if int8 else 0,
+        "outer": rows * 4,
+    }
     memory = torch.empty(sum(size + -size % 64 for size in sizes.values()), dtype=torch.uint8)
-    args, at = PackedArgs(free_size=rows, k=k, block=block, int8=int8), memory.data_ptr()
+    args, at = PackedArgs(free_size=rows, k=k, block=block, block_size=block, int8=int8), memory.data_ptr()
     for name, size in sizes.items():
         setattr(args, name, at)
         at += size + -size % 64
     return memory, args
+
+
+def store_args(packed: PackedArgs, element: str | None) -> tuple[StoreArgs, int]:
+    """How a packed operand is stored, and the bits of a code."""
+    bf16_scales = packed.scale_bits <= 8
+    if element is None:
+        return StoreArgs(kind=AS_PACKED, scales_bf16=bf16_scales), 16
+    values = ELEMENTS[element].values
+    kind, exponent, mantissa = element_args(element)
+    args = StoreArgs(kind=AS_PACKED, min_exponent=exponent, mantissa=mantissa, scales_bf16=bf16_scales)
+    if packed.int8 and len(values) <= 8:
+        args.kind = NIBBLES
+        for i, value in enumerate(values):
+            code = round(value * packed.code_scale)
+            args.to_index[code], args.to_code[i], args.to_code[8 + i] = i, code, -code
+        return args, 4
+    if packed.int8:
+        args.kind = BYTES
+    elif kind == MINIFLOAT and len(values) <= 128:
+        args.kind = MINIFLOATS
+    return args, 16 if args.kind == AS_PACKED else 8

@@ -13,10 +13,12 @@
 
 struct Packed {  // mirrored in operand.py; the memory is the caller's
   uint32_t* codes;
-  float* scales;
+  float* scales;        // as the products read them
+  float* block_scales;  // the same; or, where they are folded into the codes (powers of two), what they were: `scales` are ones
   int32_t* starts;
   float* outer;
-  int64_t free_size, k, block;  // contracted elements under one scale
+  int64_t free_size, k, block;  // contracted elements under one of `scales`
+  int64_t block_size;           // ... under one of `block_scales`
   int32_t int8, biased, uniform;  // uniform: one scale for all 16 lanes of a panel
   int32_t scale_bits, low, high;  // significant bits of the scales, and the exponents between which they lie
   float code_scale, code_max;     // INT8: codes are integers, code_scale * value, of at most code_max

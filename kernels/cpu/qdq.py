@@ -1,8 +1,8 @@
 """Quantise and dequantise on any CPU, in C++: every :class:`~lowprec.numerics.Format` whose grid is regular.
 
-The definition is ``Format.quantize(x, noise).dequantize()``, some forty passes of torch over a matrix. Here it is one or
-two passes over memory (two where a scale spans more than a tile), with the same bits: codes, scales, values, the sign of
-zero, NaN for blocks that hold NaN or infinity. Random bits are made in the kernel (:mod:`lowprec.numerics.stream`).
+The definition is ``Format.quantize(x, noise).dequantize()``, some forty passes of torch over a matrix. Here it is one
+or two passes over memory (two where a scale spans more than a tile), with the same bits: codes, scales, values, the
+sign of zero, NaN for blocks that hold NaN or infinity. Random bits are made in the kernel (:mod:`lowprec.numerics.stream`).
 
 The same source serves vectors of 4, 8 and 16 floats, so any CPU with a C++ compiler: :file:`qdq_simd.h`. It is compiled
 at the first use, into the cache of :mod:`~lowprec.kernels.cpu.build`.
@@ -63,8 +63,8 @@ _Grid = _struct("Grid", data=_ptr, rows=_i64, columns=_i64, stride=_i64)
 _Job = _struct(
     "Job", x=_ptr, out=_ptr, rows=_i64, columns=_i64, block_rows=_i64, block_columns=_i64, tile_rows=_i64,
     tile_columns=_i64, bf16=_i32, output=_i32, size_given=_i32, apply_scale=_i32, apply_level=_i32, join_level=_i32,
-    stochastic=_i32, contracted=_i32, threads=_i32, element=_Element, scale=_Scale, rotation=_Rotation, philox=_Philox, sizes=_Grid, scales=_Grid,
-    encode=_Grid, level=_Grid, whole=_Grid,
+    stochastic=_i32, contracted=_i32, threads=_i32, element=_Element, scale=_Scale, rotation=_Rotation, philox=_Philox,
+    sizes=_Grid, scales=_Grid, encode=_Grid, level=_Grid, whole=_Grid,
 )  # fmt: skip
 _Matrix = _struct("Matrix", data=_ptr, rows=_i64, row=_i64, step=_i64)
 _Product = _struct(
@@ -153,7 +153,7 @@ class Result:
 
 
 class _Call:
-    """One matrix on its way through the kernels: fills in the ``Job`` of qdq_tile.h and keeps alive what it points to."""
+    """One matrix on its way through the kernels: fills in a ``Job`` (qdq_tile.h) and keeps alive what it points to."""
 
     def __init__(self, x: Tensor, format: Format, factors: Tensor | None, march: str) -> None:
         library, reason = load(march)
@@ -172,9 +172,7 @@ class _Call:
         fit = grid(element)
         assert fit is not None, element.name
         exponent, mantissa, offset, masked = fit
-        job.element = _Element(
-            exponent, mantissa, element.bits, element.twos_complement, masked, element.max, offset
-        )
+        job.element = _Element(exponent, mantissa, element.bits, element.twos_complement, masked, element.max, offset)
 
     def _blocks(self, block: tuple[int, int]) -> tuple[int, int]:
         """Set the blocks, and tiles of about TILE elements that hold whole blocks and rotations; blocks in the memory's
@@ -214,7 +212,7 @@ class _Call:
         return sizes
 
     def prepare(self, amax: Tensor | None) -> Tensor | None:
-        """Fill in the scale rule, the sizes that no tile can measure, and the tensor level; returns the tensor scale."""
+        """Fill in the scale rule, the sizes no tile can measure and the tensor level; returns the tensor scale."""
         f, job = self.format, self.job
         element, rounding = f.element_type, f.scale_rounding or DEFAULT_ROUNDING.get(f.scale)
         guard = 1.0 if f.scale == "e8m0" else f.guard
@@ -302,12 +300,14 @@ def run(
         random: stream and key of the random bits of stochastic rounding, or None for nearest. Bits are indexed by the
             position in memory.
         amax: () fp32, the maximum to use instead of the tensor's own.
-        factors: (n,) fp32, sign * n ** -0.5, to rotate blocks of n along k first; n a power of two to 128 that divides k.
+        factors: (n,) fp32, sign * n ** -0.5, to rotate blocks of n along k first; n a power of two to 128 that divides
+            k, under rule absmax only.
         block_scale: multiply values by their block scales. level: ... then by the tensor scale too; "join": by the
             product of the two scales.
         out: where to write; x's memory layout and the right dtype.
         march: instruction set to compile for.
     """
+    assert factors is None or format.rule == "absmax", format.name
     call = _Call(x, format, factors, march)
     made = call.prepare(amax)
     out = torch.empty(call.memory.shape, dtype=dtype) if out is None else layout(out)[0]
@@ -317,7 +317,7 @@ def run(
 
 
 def product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, march: str = "native") -> Tensor | None:
-    """``a b^T * scale_a * scale_b^T`` of bf16 operands with fp32 sums and an fp32 result, or None on a CPU without such an
+    """``a b^T * scale_a * scale_b^T`` of bf16 operands with fp32 sums and an fp32 result; None on a CPU without such an
     instruction.
 
     Args:

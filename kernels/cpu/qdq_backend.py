@@ -2,12 +2,14 @@
 
 Each operand is quantised and dequantised in one go (:mod:`~lowprec.kernels.cpu.qdq`), then torch multiplies:
 
-* The numbers that enter are exact. Element times block scale has few significant bits (e2m1 times e4m3: six, e4m3 times a
-  power of two: four), so bf16 holds it whenever they are at most eight; fp32 always does. Tensor scales, and fp32 scales
-  of a whole row or tensor, stay outside and multiply the output. (Products below 2**-126 may be flushed to zero.)
+* The numbers that enter are exact. Element times block scale has few significant bits (e2m1 times e4m3: six, e4m3
+  times a power of two: four), so bf16 holds it whenever they are at most eight; fp32 always does. Tensor scales, and
+  fp32 scales of a whole row or tensor, stay outside and multiply the output. (Products below 2**-126 may be flushed to
+  zero.)
 * Two bf16 operands are multiplied by the CPU's bf16 instructions, if it has them, with fp32 sums: by torch, or, where
   the output is fp32 or rows have outer scales of their own, by :file:`qdq_gemm.h`. All else is multiplied in fp32.
-* So results differ from the oracle's by the order of an fp32 sum, ``2 k 2^-24 sum|a||b|``, before the output's rounding.
+* So results differ from the oracle's by the order of an fp32 sum, ``2 k 2^-24 sum|a||b|``, before the output is
+  rounded once.
 
 No transpose is ever made: a transposed view is quantised as it lies and handed on as a transposed view.
 
@@ -29,7 +31,7 @@ from lowprec.kernels.cpu import qdq
 from lowprec.numerics import ELEMENTS, Element, Format, Stream, fixed_signs, rotate
 
 OPERAND_NAMES = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
-SCALE_BITS = {"fp32": 24, "pow2": 1, "e8m0": 1, "none": 1, "e4m3": 4, "ue5m3": 4}
+SCALE_BITS = {"fp32": 24, "pow2": 0, "e8m0": 0, "e4m3": 4, "ue5m3": 4}  # significant ones: what a product gains
 BF16_BITS = 8
 
 
@@ -125,10 +127,18 @@ class PortableBackend:
             return Operand(x, None, one)
         if operand.rounding == "ms_eden" or not _serves(format):
             return self._defined(x, operand, stream, key, amax)
-        joined, whole = format.tensor_scale == 128 and format.tensor_scale is not True, format.block[1] == 0
+        joined, whole = _joined(format, x.shape[1]), format.block[1] == 0
         random = (stream, key) if operand.rounding == "stochastic" else None
         q = qdq.run(
-            x, format, _dtype(format), random, amax, factors, not whole, "join" if joined else False, march=self.march
+            x,
+            format,
+            _dtype(format, joined),
+            random,
+            amax,
+            factors,
+            not whole,
+            "join" if joined else False,
+            march=self.march,
         )
         level = one if joined or q.level is None else q.level
         return Operand(q.values, _rows(q.scales, format, x.shape[0]) if whole else None, level)
@@ -160,11 +170,11 @@ class PortableBackend:
 
     def _rotated(self, x: Tensor, rotation: Any, stream: Stream, role: str) -> Tensor:
         """x with its last axis rotated, in x's dtype."""
-        size = rotation.size or x.shape[1]
+        size, transposed = rotation.size or x.shape[1], qdq.layout(x)[1]
         for key in (f"{role}.signs", f"{role}.signs2")[: rotation.rounds]:
-            signs = {"none": None, "fixed": fixed_signs(size)}.get(rotation.signs, None)
+            signs = fixed_signs(size) if rotation.signs == "fixed" else None
             x = rotate(x, size, stream.signs(key, size) if rotation.signs == "step" else signs)
-        return x
+        return x.T.contiguous().T if transposed else x  # random bits go by the position in memory
 
     def _defined(self, x: Tensor, operand: Any, stream: Stream, key: str, amax: Tensor | None) -> Operand:
         """By the definition in torch."""
@@ -182,24 +192,28 @@ class PortableBackend:
                 noise = noise.T if transposed else noise
             q = format.quantize(x, noise, amax)
         scales, level = q.row_scales(), torch.ones(()) if q.tensor_scale is None else q.tensor_scale
-        if level.dim() == 2 and level.shape[1] > 1:
+        if joined := _joined(format, k):
             scales = scales * level.repeat_interleave(128 // block, dim=1)[:, : scales.shape[1]]
             level = torch.ones(())
         values = q.values() * scales.repeat_interleave(block, dim=1)[:, :k]
-        return Operand(values.to(_dtype(format)), None, level)
+        return Operand(values.to(_dtype(format, joined)), None, level)
 
 
 def _serves(format: Format) -> bool:
     return qdq.refuses(format) is None
 
 
+def _joined(format: Format, k: int) -> bool:
+    """Whether tensor scales vary along the contracted axis and so join the block scales."""
+    return format.tensor_scale == 128 and format.tensor_scale is not True and k > 128
+
+
 @lru_cache(maxsize=256)
-def _dtype(format: Format) -> torch.dtype:
-    """What holds element times block scale exactly, as far as the CPU multiplies it fast."""
-    elements = (format.element, format.second or format.element)
-    bits = max(significant_bits(ELEMENTS[e]) for e in elements)
-    joined = format.tensor_scale == 128 and format.tensor_scale is not True
-    bits += 24 if joined else 1 if format.block[1] == 0 and _serves(format) else SCALE_BITS[format.scale]
+def _dtype(format: Format, joined: bool) -> torch.dtype:
+    """bf16 where it holds element times block scale exactly and the CPU multiplies it, else fp32."""
+    bits = max(significant_bits(ELEMENTS[e]) for e in (format.element, format.second or format.element))
+    outside = format.block[1] == 0 and _serves(format)
+    bits += 24 if joined else 0 if outside or format.scale == "none" else SCALE_BITS[format.scale]
     return torch.bfloat16 if bits <= BF16_BITS and _bf16_products() else torch.float32
 
 

@@ -8,11 +8,11 @@
 >>> plan.apply(model)
 """
 
+from lowprec.linear.call import Call, Policy
 from lowprec.linear.function import quantized_linear
 from lowprec.linear.module import QuantizedLinear
 from lowprec.linear.plan import Plan
 from lowprec.linear.precision import Precision, Rule, load_precision, load_recipe
-from lowprec.linear.product import Call, Policy
 from lowprec.linear.recipe import BF16, Gemm, LinearRecipe, Operand, Rotation
 
 __all__ = [

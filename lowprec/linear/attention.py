@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowprec.linear import oracle
+from lowprec.linear.call import Policy
 from lowprec.linear.parse import at, mapping, parse_operand, parse_rotation, pick
-from lowprec.linear.product import Policy
 from lowprec.linear.recipe import Gemm, Operand
 from lowprec.numerics import Clock, Format, Stream
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowprec.linear.product import TILE, Call, keep, pad_to, product
+from lowprec.linear.call import TILE, Call, pad_to
+from lowprec.linear.product import keep, product
 
 
 class QuantizedLinearFunction(torch.autograd.Function):

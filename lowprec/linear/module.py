@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowprec.linear.call import Call, Policy
 from lowprec.linear.function import quantized_linear
 from lowprec.linear.precision import load_recipe
-from lowprec.linear.product import Call, Policy
 from lowprec.linear.recipe import LinearRecipe
 from lowprec.linear.state import LayerState, memories_of
 from lowprec.numerics import Clock

@@ -22,9 +22,10 @@ from torch import nn
 from lowprec.linear import state
 from lowprec.linear.attention import AttentionCore, apply_attention
 from lowprec.linear.backends import choose
+from lowprec.linear.call import TILE, Policy, padded_sizes
 from lowprec.linear.module import QuantizedLinear
 from lowprec.linear.precision import Precision, Rule
-from lowprec.linear.product import TILE, Policy, keep_refusal, kept_bytes_per_token, padded_sizes
+from lowprec.linear.product import keep_refusal, kept_bytes_per_token
 from lowprec.linear.recipe import BF16, LinearRecipe
 from lowprec.numerics import Clock
 

@@ -132,7 +132,7 @@ def test_every_element_is_understood_or_named() -> None:
     """Of the signed elements only the uneven grid of IF4 has no kernel, and the refusal names it."""
     unknown = {name for name, element in ELEMENTS.items() if element.signed and qdq.grid(element) is None}
     assert unknown == {"if4_int"}
-    with pytest.raises(ValueError, match="if4_int.*use Format.quantize"):
+    with pytest.raises(ValueError, match=r"if4_int.*use Format.quantize"):
         qdq.quantize_dequantize(torch.ones(2, 32), Format("f", "if4_int", (1, 16)))
 
 

@@ -1,0 +1,230 @@
+"""Operands: from a layer's tensors to what a backend has prepared.
+
+The first five steps of a product (:mod:`lowprec.linear.product`), one function each: :func:`source`, :func:`outer`,
+:func:`terms_of`, :func:`amax_of`, :func:`prepare`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowprec.linear import oracle
+from lowprec.linear.backends import Backend, Packed, Side, choose
+from lowprec.linear.call import TRANSPOSED, Call, operand_of, pad_to, padded_sizes, turned
+from lowprec.linear.recipe import GEMM_OPERANDS, Gemm, Operand, Rotation
+from lowprec.linear.split import ChannelSplit, LowRankSplit, MeanSplit, ResidualSplit, factors, strongest
+
+# ---- which matrix
+
+
+def source(role: str, side: Side, tensors: Mapping[str, Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
+    """The operand's matrix (rows, k), unpadded, and a factor () of the output."""
+    name, operand = operand_of(role, side, call)
+    x, factor = tensors[name], None
+    if operand.source == "fprop":
+        x, factor = forward_value(name, tensors, call)
+    elif operand.reuse and call.recipe.fprop.inner:
+        x = turned(pad_forward(name, x, call), call.recipe.fprop.inner, call, "fprop")[: x.shape[0]]
+    return (x.T if TRANSPOSED[role][side == "b"] else x), factor
+
+
+def pad_forward(name: str, x: Tensor, call: Call) -> Tensor:
+    """x or w as the forward product pads it."""
+    rows, cols = x.shape
+    m, n, k = padded_sizes(call.recipe.fprop, rows, rows, cols, call.policy.pad)
+    return pad_to(x, m if name == "x" else n, k)
+
+
+def forward_value(name: str, tensors: Mapping[str, Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
+    """What x or w was in the forward product: values * block scales in its dtype, (rows, padded K), and a factor ()."""
+    side: Side = "a" if name == "x" else "b"
+    gemm, x = call.recipe.fprop, tensors[name]
+    rows = x.shape[0]
+    padded = pad_forward(name, x, call)
+
+    def make() -> tuple[Tensor, Tensor | None]:
+        terms = terms_of("fprop", side, padded, tensors, dataclasses.replace(call, observe=False))
+        sizes = padded_sizes(gemm, rows, rows, x.shape[1], call.policy.pad)
+        chosen = chosen_backend("fprop", gemm, sizes, padded, call)
+        if len(terms.parts) == 1 and terms.thin is None:
+            values, scale = chosen.unpacked(prepare("fprop", side, padded, gemm, chosen, call), x.dtype)
+            if scale.numel() == 1:
+                return values[:rows], scale.reshape(())
+        total = torch.zeros(padded.shape, device=x.device)
+        for part, operand in terms.parts:
+            total += dequantized("fprop", side, part, operand, gemm, call)
+        if terms.thin is not None:
+            v = terms.thin.v.T
+            total += terms.thin.u @ (turned(v, gemm.inner, call, "fprop") if gemm.inner else v)
+        return total.to(x.dtype)[:rows], None
+
+    if name == "x" and _deterministic(getattr(gemm, side), gemm):
+        return call.policy.shared.get("value", x, (getattr(gemm, side), gemm.inner), make)
+    return make()
+
+
+def outer(role: str, x: Tensor, rotation: Rotation | None, side: Side, call: Call) -> Tensor:
+    if rotation is None:
+        return x
+    return turned(x.T, rotation, call, f"{role}.{side}").T
+
+
+# ---- as a sum
+
+
+@dataclass(frozen=True)
+class Thin:
+    """``u v^T`` next to the quantised parts: u (rows, r), v (k, r), fp32."""
+
+    u: Tensor
+    v: Tensor
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Terms:
+    """An operand after its split: matrices to be quantised, and perhaps a thin term. ``of`` is their exact sum."""
+
+    of: Tensor
+    parts: tuple[tuple[Tensor, Operand], ...]
+    thin: Thin | None = None
+    disjoint: bool = False  # parts 0 and 1 have no contracted index in common
+
+    @property
+    def rest(self) -> Tensor:
+        """``of`` without the thin term."""
+        return self.of if self.thin is None else self.parts[0][0]
+
+
+def terms_of(role: str, side: Side, x: Tensor, tensors: Mapping[str, Tensor], call: Call) -> Terms:
+    """Operand x (rows, k), padded, as a sum."""
+    name, operand = operand_of(role, side, call)
+    split, whole = operand.split, dataclasses.replace(operand, split=None)
+    if split is None:
+        return Terms(x, ((x, operand),))
+    features_last = not TRANSPOSED[role][side == "b"]  # x (T, K), w (N, K), dy (T, N), or the transpose of one
+    if isinstance(split, MeanSplit):
+        count = (tensors["x"] if "x" in tensors else tensors["dy"]).shape[0]
+        return _mean_terms(name, x, split, whole, 0 if features_last else 1, count, call)
+    if isinstance(split, LowRankSplit):
+        u, v = factors(x, split.rank, call.stream, f"{role}.{name}.probe")
+        if split.term == "quantized":
+            u, v = _thin_codes(u, whole), _thin_codes(v, whole)
+        rest = (x.float() - u @ v.T).to(x.dtype)
+        return Terms(x, ((rest, whole),), Thin(u, v, split.term == "exact"))
+    keeps_mean = isinstance(split, ChannelSplit) and operand.rounding == "stochastic"
+    other = Operand(split.format, "stochastic" if keeps_mean else "nearest")
+    energy = _energy(x if name == "dy" else tensors["x"], split, call)
+    if energy is None:
+        return Terms(x, ((x, whole),))
+    chosen = F.pad(strongest(energy, split.top), (0, x.shape[1 if features_last else 0] - energy.numel()))
+    mask = chosen.to(x.dtype) if features_last else chosen.to(x.dtype)[:, None]
+    if isinstance(split, ResidualSplit):
+        gemm: Gemm = getattr(call.recipe, role)
+        error = x.float() - rounded(role, side, Terms(x, ((x, whole),)), gemm, call, whole=False)
+        error = (error * mask).to(x.dtype)
+        return Terms(x, ((x, whole), (error, other)))
+    return Terms(x, ((x * (1 - mask), whole), (x * mask, other)), disjoint=features_last)
+
+
+def _mean_terms(name: str, x: Tensor, split: MeanSplit, operand: Operand, tokens: int, count: int, call: Call) -> Terms:
+    """x less its centre, and the centre; ``tokens`` is the axis of tokens, ``count`` of which are not padding."""
+    centre = x.float().sum(dim=tokens) / count
+    if split.stat == "ema":
+        if call.state is None:
+            return Terms(x, ((x, operand),))
+        key = f"{name}.mean"
+        features = call.state.memories[key].length
+        if call.observe:
+            call.state.observe(key, centre[:features], call.stream.micro)
+        centre = F.pad(call.state.mean(key), (0, centre.numel() - features))
+    centre = centre.to(x.dtype).float()
+    real = (torch.arange(x.shape[tokens], device=x.device) < count).float()  # padding stays zero
+    rest = x - torch.outer(*((real, centre) if tokens == 0 else (centre, real))).to(x.dtype)
+    if split.term == "quantized":  # as published: what rounding the centre loses is lost
+        centre = _thin_codes(centre[:, None], operand)[:, 0]
+    u, v = (real, centre) if tokens == 0 else (centre, real)
+    return Terms(x, ((rest, operand),), Thin(u[:, None], v[:, None], split.term == "exact"))
+
+
+def _thin_codes(u: Tensor, operand: Operand) -> Tensor:
+    """A thin factor (rows, r), each column rounded to the operand's format along its length; fp32."""
+    assert operand.format is not None
+    format = (
+        operand.format
+        if operand.format.block[0] == 1
+        else dataclasses.replace(operand.format, block=(1, operand.format.block[1]))
+    )
+    return format.quantize(u.T.contiguous()).dequantize().T
+
+
+def _energy(x_TF: Tensor, split: ChannelSplit | ResidualSplit, call: Call) -> Tensor | None:
+    """Sum of squares of every feature, (F,) fp32; None while the features are still to be chosen. A weight follows the
+    activation it meets."""
+    now = x_TF.float().square().sum(dim=0)
+    if not isinstance(split, ChannelSplit) or split.collect is None or call.state is None:
+        return now
+    if call.observe:
+        call.state.observe("x.energy", now, call.stream.micro)
+    return call.state.total("x.energy", call.stream.step)
+
+
+def dequantized(role: str, side: Side, x: Tensor, operand: Operand, gemm: Gemm, call: Call) -> Tensor:
+    """What x (rows, k) becomes as an operand, in the rotated space of the product; fp32."""
+    q = oracle.prepare(x, operand, gemm.inner, call.stream, role, GEMM_OPERANDS[role][side == "b"])
+    return q.blockscaled() * q.tensor_scale.reshape(-1, 1)
+
+
+def rounded(role: str, side: Side, terms: Terms, gemm: Gemm, call: Call, whole: bool) -> Tensor:
+    """The quantised parts of a sum, turned back, with the thin term if ``whole``; fp32 (rows, k)."""
+    total = torch.zeros(terms.of.shape, device=terms.of.device)
+    for part, operand in terms.parts:
+        total += dequantized(role, side, part, operand, gemm, call)
+    if gemm.inner:
+        total = turned(total, gemm.inner, call, role, inverse=True)
+    return total + terms.thin.u @ terms.thin.v.T if whole and terms.thin is not None else total
+
+
+# ---- quantised
+
+
+def chosen_backend(role: str, gemm: Gemm, sizes: tuple[int, int, int], x: Tensor, call: Call) -> Backend:
+    return choose(call.policy.backend, gemm, role, *sizes, x.dtype, x.device)[0]
+
+
+def _deterministic(operand: Operand, gemm: Gemm) -> bool:
+    return (
+        operand.rounding == "nearest"
+        and operand.amax == "current"
+        and (gemm.inner is None or gemm.inner.signs != "step")
+    )
+
+
+def prepare(role: str, side: Side, x: Tensor, gemm: Gemm, chosen: Backend, call: Call) -> Packed:
+    """x prepared by the backend; an activation that several layers prepare alike is prepared once."""
+    name, operand = GEMM_OPERANDS[role][side == "b"], getattr(gemm, side)
+    if name == "x" and _deterministic(operand, gemm):
+        what = (chosen.name, operand.format, gemm.inner)
+        return call.policy.shared.get(role, x, what, lambda: chosen.prepare(x, gemm, side, call.stream, role))
+    return chosen.prepare(x, gemm, side, call.stream, role, amax_of(role, name, x, operand, gemm, call))
+
+
+def amax_of(role: str, name: str, x: Tensor, operand: Operand, gemm: Gemm, call: Call) -> Tensor | None:
+    """The maximum that the layer's memory prescribes, () fp32, or None; what is seen now is noted for later steps."""
+    if operand.amax == "current" or call.state is None:
+        return None
+    key = f"fprop.{name}.amax" if operand.reuse else f"{role}.{name}.amax"
+    held = call.state.held(key, call.stream.step) if operand.amax == "hold" else None
+    if held is not None:
+        return held
+    seen = turned(x, gemm.inner, call, role) if gemm.inner else x
+    current = seen.abs().amax().float()
+    if call.observe and not operand.reuse:
+        call.state.observe(key, current, call.stream.micro)
+    return call.state.amax(key, current) if operand.amax == "delayed" else None
