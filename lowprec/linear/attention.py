@@ -284,7 +284,7 @@ class AttentionCore:
 
     def _refuse_ragged(self, recipe: AttentionRecipe, tokens: int, width: int) -> None:
         for product, axes in _AXES.items():
-            for axis, multiple in zip(axes, getattr(recipe, product).multiples()):
+            for axis, multiple in zip(axes, getattr(recipe, product).multiples):
                 size, name = (tokens, "tokens") if axis == "T" else (width, "head_dim")
                 if size % multiple:
                     raise ValueError(

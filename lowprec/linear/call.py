@@ -86,7 +86,7 @@ def padded_sizes(gemm: Gemm, m: int, n: int, k: int, pad: str) -> tuple[int, int
     """(m, n, k) rounded up to whole blocks, tiles and, where a whole axis is rotated, to an order that exists."""
     tile = TILE if pad == "zero" and not gemm.counts_zeros else 1
     sizes = []
-    for size, multiple, rotation in zip((m, n, k), gemm.multiples(), (gemm.outer_a, gemm.outer_b, gemm.inner)):
+    for size, multiple, rotation in zip((m, n, k), gemm.multiples, (gemm.outer_a, gemm.outer_b, gemm.inner)):
         step = math.lcm(multiple, tile)
         size += -size % step
         while rotation is not None and rotation.size == 0 and pad == "zero" and hadamard_order_refusal(size):

@@ -25,23 +25,24 @@ class QuantizedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor, call: Call) -> Tensor:
-        ctx.call, ctx.dtype, ctx.kept = call, x_TK.dtype, None
+        ctx.call, ctx.dtypes, ctx.kept = call, (x_TK.dtype, weight_NK.dtype), None
+        w_NK = weight_NK.to(x_TK.dtype)
         if call.policy.save == "codes" and ctx.needs_input_grad[1]:
             ctx.kept = keep(x_TK, weight_NK.shape[0], call)
-        ctx.save_for_backward(None if ctx.kept else x_TK, weight_NK)
-        return product("fprop", {"x": x_TK, "w": weight_NK.to(x_TK.dtype)}, call, x_TK.dtype)
+        ctx.save_for_backward(None if ctx.kept else x_TK, w_NK)
+        return product("fprop", {"x": x_TK, "w": w_NK}, call, x_TK.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TK, weight_NK = ctx.saved_tensors
-        tensors = {"dy": grads[0].contiguous(), "w": weight_NK.to(ctx.dtype)}
+        x_TK, w_NK = ctx.saved_tensors
+        tensors, (x_dtype, w_dtype) = {"dy": grads[0].contiguous(), "w": w_NK}, ctx.dtypes
         if x_TK is not None:
             tensors["x"] = x_TK
         dx_TK = dw_NK = None
         if ctx.needs_input_grad[0]:
-            dx_TK = product("dgrad", tensors, ctx.call, ctx.dtype)
+            dx_TK = product("dgrad", tensors, ctx.call, x_dtype)
         if ctx.needs_input_grad[1]:
-            dw_NK = product("wgrad", tensors, ctx.call, weight_NK.dtype, ctx.kept)
+            dw_NK = product("wgrad", tensors, ctx.call, w_dtype, ctx.kept)
         return dx_TK, dw_NK, None
 
 

@@ -105,9 +105,10 @@ class Terms:
 def terms_of(role: str, side: Side, x: Tensor, tensors: Mapping[str, Tensor], call: Call) -> Terms:
     """Operand x (rows, k), padded, as a sum."""
     name, operand = operand_of(role, side, call)
-    split, whole = operand.split, dataclasses.replace(operand, split=None)
+    split = operand.split
     if split is None:
         return Terms(x, ((x, operand),))
+    whole = dataclasses.replace(operand, split=None)
     features_last = not TRANSPOSED[role][side == "b"]  # x (T, K), w (N, K), dy (T, N), or the transpose of one
     if isinstance(split, MeanSplit):
         count = (tensors["x"] if "x" in tensors else tensors["dy"]).shape[0]

@@ -139,7 +139,7 @@ def _sizes(role: str, a: Tensor, rows_b: int, gemm: Gemm, call: Call) -> tuple[i
     if sizes != (m, n, k) and call.policy.pad == "refuse":
         raise ValueError(
             f"layer '{call.stream.layer}': {role} multiplies ({m}, {k}) by ({k}, {n}), but its blocks need "
-            f"multiples of {', '.join(map(str, gemm.multiples()))} (rows, columns, contracted); set pad: zero"
+            f"multiples of {', '.join(map(str, gemm.multiples))} (rows, columns, contracted); set pad: zero"
         )
     if k != sizes[2] and gemm.counts_zeros and gemm.inner is None:
         raise ValueError(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from lowprec.linear.split import ChannelSplit, ResidualSplit, Split
 from lowprec.numerics import Format
@@ -172,12 +173,13 @@ class Gemm:
         """Whether anything but a plain product happens."""
         return self.a.format is not None or self.b.format is not None or any((self.inner, self.outer_a, self.outer_b))
 
-    @property
+    @cached_property
     def counts_zeros(self) -> bool:
         """Whether zeros added at an edge change numbers: a block's scale is a mean, or its grid has no zero."""
         formats = [operand.format for operand in (self.a, self.b) if operand.format]
         return any(f.rule != "absmax" or f.element_type.values[0] != 0 for f in formats)
 
+    @cached_property
     def multiples(self) -> tuple[int, int, int]:
         """(m, n, k) multiples that whole blocks and rotations need."""
         a, b = (operand.format.block if operand.format else (1, 1) for operand in (self.a, self.b))
@@ -209,12 +211,12 @@ class LinearRecipe:
                 "fprop.inner, or the split, or take the backward operands from the original tensors"
             )
 
-    @property
+    @cached_property
     def quantized(self) -> bool:
         """Whether any of the three products is."""
         return self.fprop.quantized or self.dgrad.quantized or self.wgrad.quantized
 
-    @property
+    @cached_property
     def counts_rows(self) -> bool:
         """Whether tokens of zeros would change numbers: statistics are taken over whole operands."""
         gemms = (self.fprop, self.dgrad, self.wgrad)
