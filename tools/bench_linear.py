@@ -13,8 +13,8 @@ tokens 1024 -> 4096 on two cores with AVX512-VNNI and AVX512-BF16.
 
 A row cannot be quick by being wrong: the signal-to-noise ratio of y, dx and dw against fp64 products of the unquantised
 tensors must be, within a tenth of a decibel, that of the same layer with operands quantised by their plain-torch
-definition (``backend: torch``). Too low is an error, and too high means that something was not quantised. Exit code 1 if
-a row fails.
+definition (``backend: torch``). Too low is an error, and too high means that something was not quantised. Exit code 1
+if a row fails.
 """
 
 import argparse

@@ -62,8 +62,9 @@ void lowprec_restore(const Packed* p, const StoreArgs* s, int threads) {
 }
 
 // Element values (free_size, k) and scales (free_size, k / block), fp32.
-void lowprec_unpack(const Packed* p, float* values, float* scales) {
+void lowprec_unpack(const Packed* p, float* values, float* scales, int threads) {
   const int64_t groups = p->groups();
+#pragma omp parallel for num_threads(threads)
   for (int64_t panel = 0; panel < p->free_size / 16; panel++) {
     for (int64_t k = 0; k < p->k; k += 16) {
       V v[16];

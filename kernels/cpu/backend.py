@@ -9,7 +9,7 @@ integers in blocks along k are bit for bit those of ``lowprec/linear/oracle.py``
 fits fp32's 24 bits (FP4: blocks up to 65536; INT8: up to 1024). Beyond, and where both operands have one scale along
 all of k, the sum here is exact and rounded once; the definition's fp32 sum is not. FP8 and unquantised operands differ
 by the order of an fp32 sum inside a block: ``2 k 2^-24 sum|a||b|``; the bf16 unit reads subnormals of unquantised
-operands (below 1.2e-38) as zeros. Nothing depends on the number of threads.
+operands (below 1.2e-38) as zeros and makes no smaller products. Nothing depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class CpuBackend:
     def quantize(
         self, x: Tensor, gemm: Any, side: str, stream: Stream, role: str, amax: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What operand ``side`` ("a" or "b") of a product becomes: for tests and for looking inside.
+        """What operand ``side`` ("a" or "b") of a product becomes, in parts.
 
         Returns:
             Element values (rows, k), scales (rows, blocks) and tensor scale () or (rows, 1), all fp32.
@@ -200,7 +200,7 @@ class CpuBackend:
         packed = self._prepare(x, gemm, side, stream, role, amax, may_fold=False)
         values, scales = torch.empty(packed.rows, packed.k), torch.empty(packed.rows, packed.k // packed.args.block)
         pointers = ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(scales.data_ptr())
-        _library().lowprec_unpack(ctypes.byref(packed.args), *pointers)
+        _library().lowprec_unpack(ctypes.byref(packed.args), *pointers, torch.get_num_threads())
         return values, scales, packed.tensor_scale
 
     @staticmethod
@@ -262,7 +262,9 @@ def _refuse_sizes(gemm: Any, m: int | None, n: int, k: int | None) -> str | None
     if gemm.inner and not gemm.inner.size and k is not None and hadamard_order_refusal(k):
         return hadamard_order_refusal(k)
     if k is not None and _int8(gemm):
-        longest = (2**31 - 1) // math.prod(int((code_scale(f.element) or 1) * f.element_type.max) for f in _formats(gemm))
+        longest = (2**31 - 1) // math.prod(
+            int((code_scale(f.element) or 1) * f.element_type.max) for f in _formats(gemm)
+        )
         if (blocks[0][1] or k) > longest:
             return f"k = {k}: the int32 sum of a block may overflow beyond {longest}"
     return None

@@ -28,22 +28,6 @@ struct alignas(64) Slot { I value; };  // 16 maxima; a thread's own lines
 
 static uint32_t largest(I v) { return (uint32_t)_mm512_reduce_max_epi32(v); }
 
-// t[0] + ... + t[n-1] in the order that numerics defines: t[:n/2] + t[n/2:], again and again
-static inline V tree_sum(V* t, int n) {
-  for (n /= 2; n; n /= 2)
-    for (int i = 0; i < n; i++) t[i] = _mm512_add_ps(t[i], t[i + n]);
-  return t[0];
-}
-
-// The same over the 16 lanes, in every lane of the result.
-static inline V tree_sum_lanes(V v) {
-  v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0x4e));
-  v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xb1));
-  v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
-  v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
-  return _mm512_permutexvar_ps(I{}, v);
-}
-
 // 4 vectors of int8 codes along k -> one vector of int8 quads
 static inline I pack_quad(const I* c) {
   const I byte = splat_bits(255);

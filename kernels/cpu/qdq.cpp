@@ -7,7 +7,8 @@
 typedef void (*Visit)(const Job&, int64_t, int64_t, Scratch&);
 
 static void for_each_tile(const Job& j, Visit visit) {
-  const int64_t down = (j.rows + j.tile_rows - 1) / j.tile_rows, across = (j.columns + j.tile_columns - 1) / j.tile_columns;
+  const int64_t down = (j.rows + j.tile_rows - 1) / j.tile_rows;
+  const int64_t across = (j.columns + j.tile_columns - 1) / j.tile_columns;
 #pragma omp parallel num_threads(j.threads)
   {
     Scratch s(j);
@@ -57,7 +58,8 @@ void lowprec_qdq_sizes(const Job* j) { for_each_tile(*j, j->bf16 ? measure_tile<
 // The same for one block, the whole tensor, unrotated: a straight pass.
 float lowprec_qdq_size(const Job* j) {
   const int64_t n = j->rows * j->columns;
-  const uint32_t m = j->bf16 ? largest_of((const uint16_t*)j->x, n, j->threads) : largest_of((const float*)j->x, n, j->threads);
+  const int threads = j->threads;
+  const uint32_t m = j->bf16 ? largest_of((const uint16_t*)j->x, n, threads) : largest_of((const float*)j->x, n, threads);
   return as_float(m < INF ? m : QNAN);
 }
 }

@@ -2,7 +2,8 @@
 
 The definition is ``Format.quantize(x, noise).dequantize()``, some forty passes of torch over a matrix. Here it is one
 or two passes over memory (two where a scale spans more than a tile), with the same bits: codes, scales, values, the
-sign of zero, NaN for blocks that hold NaN or infinity. Random bits are made in the kernel (:mod:`lowprec.numerics.stream`).
+sign of zero, NaN for blocks that hold NaN or infinity. The kernel makes the random bits of
+:mod:`lowprec.numerics.stream` itself.
 
 The same source serves vectors of 4, 8 and 16 floats, so any CPU with a C++ compiler: :file:`qdq_simd.h`. It is compiled
 at the first use, into the cache of :mod:`~lowprec.kernels.cpu.build`.

@@ -155,6 +155,10 @@ class PortableBackend:
                 return made.to(out_dtype)
         return (va.float() @ vb.float().T).mul_(ta * tb.T).to(out_dtype)
 
+    def stored(self, prepared: Operand, gemm: Any, side: str) -> Operand:
+        """The operand as it is: its values are one number each already, in two bytes where bf16 holds them."""
+        return prepared
+
     def unpacked(self, prepared: Operand, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """values * block scales (rows, k) in ``dtype``, and the tensor scale () or (rows, 1)."""
         values = prepared.values

@@ -1,5 +1,5 @@
-// out (m, n) fp32 = a (m, k) b (n, k)^T of bf16 operands, with fp32 sums: what torch has not on a CPU, where the product of
-// two bf16 matrices is bf16.  For CPUs with AVX512-BF16; elsewhere there is none and torch multiplies in fp32.
+// out (m, n) fp32 = a (m, k) b (n, k)^T of bf16 operands, with fp32 sums: torch on a CPU gives the product of two bf16
+// matrices in bf16 only.  For CPUs with AVX512-BF16; elsewhere there is none and torch multiplies in fp32.
 //
 // One instruction multiplies 16 pairs (k, k + 1) of bf16 and adds them up in fp32.  So both operands are packed as pairs:
 // panels of ROWS rows of a and COLUMNS rows of b, one dword a pair, in the order in which the inner loop reads them.
@@ -77,7 +77,8 @@ static void multiply(const Product& p) {
     for (int64_t k0 = 0; k0 < p.k; k0 += DEPTH) {
       const int64_t depth = std::min<int64_t>(DEPTH, (p.k - k0 + 1) & ~(int64_t)1), pairs = depth / 2;
 #pragma omp for schedule(dynamic)
-      for (int64_t j = 0; j < panels; j++) pack(p.b, j * COLUMNS, COLUMNS, k0, depth, p.k, packed_b.data() + j * pairs * COLUMNS);
+      for (int64_t j = 0; j < panels; j++)
+        pack(p.b, j * COLUMNS, COLUMNS, k0, depth, p.k, packed_b.data() + j * pairs * COLUMNS);
 #pragma omp for schedule(dynamic)
       for (int64_t t = 0; t < down * across; t++) {
         const int64_t r0 = t / across * BLOCK_M, r1 = std::min(m, r0 + BLOCK_M), first = t % across * (BLOCK_N / COLUMNS);

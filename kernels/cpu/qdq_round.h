@@ -20,10 +20,14 @@ struct Rounder {
   const Element e;
   const bool shifted;  // a mid-rise grid
   U least, shift;  // patterns: of 2^E; of a factor 2^m (stochastic) or 2^(23-m)
+  U carry, keep;  // stochastic: all but the threshold; the bits of the grid
   V max, offset;
   explicit Rounder(const Element& element) : e(element), shifted(element.offset != 0) {
     least = splat_bits((uint32_t)(127 + e.min_exponent) << 23);
     shift = splat_bits((uint32_t)(STOCHASTIC ? e.mantissa : 23 - e.mantissa) << 23);
+    const uint32_t cut = 23 - (uint32_t)e.mantissa;
+    carry = splat_bits((1u << cut) - 1 - (cut > 16 ? 1u << (cut - 17) : 0));
+    keep = splat_bits(~((1u << cut) - 1));
     max = splat(e.max - e.offset);
     offset = splat(e.offset);
   }
@@ -46,6 +50,17 @@ struct Rounder {
     }
     if (shifted) a = floats(bits(a - offset) & ~(U)((S)bits(a - offset) >> 31));
     a = smallest(a, max);
+#if LOWPREC_AVX512
+    // The same comparison as one integer addition whose carry decides.  Below 2^E the sum with 2^E has the grid's step;
+    // rounding that sum up keeps the comparison exact, because every threshold lies on the fp32 grid of the sum.
+    if (STOCHASTIC && e.mantissa <= 6) {
+      const __m512 base = (__m512)least, x = (__m512)a;
+      const __mmask16 below = _mm512_cmp_ps_mask(x, base, _CMP_LT_OQ);
+      const U t = (U)_mm512_mask_add_round_ps(x, below, x, base, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+      const __m512 up = (__m512)((t + (carry - (threshold_bits(random) << (7 - e.mantissa)))) & keep);
+      return (V)_mm512_mask_sub_ps(up, below, up, base);
+    }
+#endif
     const U exponent = largest(bits(a) & INF, least);
     if constexpr (!STOCHASTIC) {
       const V magic = floats(exponent + shift);

@@ -78,10 +78,14 @@ INLINE void store(uint16_t* p, V x) { store_as(p, __builtin_convertvector(bf16_b
 // The same past the caches, for results too large for them; p a multiple of the vector's size.
 #if LOWPREC_AVX512
 INLINE void stream(float* p, V x) { _mm512_stream_ps(p, (__m512)x); }
-INLINE void stream(uint16_t* p, V x) { _mm256_stream_si256((__m256i*)p, (__m256i)__builtin_convertvector(bf16_bits(x) >> 16, H)); }
+INLINE void stream(uint16_t* p, V x) {
+  _mm256_stream_si256((__m256i*)p, (__m256i)__builtin_convertvector(bf16_bits(x) >> 16, H));
+}
 #elif LOWPREC_AVX2
 INLINE void stream(float* p, V x) { _mm256_stream_ps(p, (__m256)x); }
-INLINE void stream(uint16_t* p, V x) { _mm_stream_si128((__m128i*)p, (__m128i)__builtin_convertvector(bf16_bits(x) >> 16, H)); }
+INLINE void stream(uint16_t* p, V x) {
+  _mm_stream_si128((__m128i*)p, (__m128i)__builtin_convertvector(bf16_bits(x) >> 16, H));
+}
 #else
 template <class T> INLINE void stream(T* p, V x) { store(p, x); }
 #endif
@@ -117,7 +121,6 @@ struct Philox {
   uint32_t key[2], counter[2];  // counter: step, micro-batch
 };
 constexpr int PHILOX_GROUPS = W / 2, PHILOX_STEP = 8 * PHILOX_GROUPS;  // groups of eight 16-bit numbers in one vector
-constexpr int PHILOX_CHAINS = 2, PHILOX_BITS = PHILOX_CHAINS * PHILOX_STEP;  // two at a time: each is one long chain
 
 struct PhiloxKeys {  // of the ten rounds, in 64-bit lanes
   uint64_t first[10], second[10];
@@ -144,14 +147,14 @@ INLINE void interleave(L a, L b, uint16_t* out) {
 #endif
 }
 
-// PHILOX_BITS 16-bit numbers of the groups first, first + 1, ...: each 32-bit word lies in the low half of a 64-bit
-// lane, where the 32 x 32 -> 64 bit product wants it.
-INLINE void philox(const Philox& p, const PhiloxKeys& keys, uint64_t first, uint16_t* out) {
+// CHAINS * PHILOX_STEP 16-bit numbers of the groups first, first + 1, ...: each 32-bit word lies in the low half of a
+// 64-bit lane, where the 32 x 32 -> 64 bit product wants it.  One vector is one long chain of dependent operations.
+template <int CHAINS> INLINE void philox(const Philox& p, const PhiloxKeys& keys, uint64_t first, uint16_t* out) {
   L index;  // the order that leaves the words in sequence after one interleaving
   for (int i = 0; i < PHILOX_GROUPS; i++) index[i] = (i & 1) * (PHILOX_GROUPS / 2) + i / 2;
   const L m0 = splat64(0xD2511F53u), m1 = splat64(0xCD9E8D57u);
-  L x0[PHILOX_CHAINS], x1[PHILOX_CHAINS], x2[PHILOX_CHAINS], x3[PHILOX_CHAINS];
-  for (int c = 0; c < PHILOX_CHAINS; c++) {
+  L x0[CHAINS], x1[CHAINS], x2[CHAINS], x3[CHAINS];
+  for (int c = 0; c < CHAINS; c++) {
     x0[c] = index + (first + c * PHILOX_GROUPS);
     x1[c] = x0[c] >> 32;
     x2[c] = splat64(p.counter[0]);
@@ -159,14 +162,21 @@ INLINE void philox(const Philox& p, const PhiloxKeys& keys, uint64_t first, uint
   }
 #pragma GCC unroll 10
   for (int round = 0; round < 10; round++)
-#pragma GCC unroll 2
-    for (int c = 0; c < PHILOX_CHAINS; c++) {
+#pragma GCC unroll 3
+    for (int c = 0; c < CHAINS; c++) {
       const L p0 = product32(x0[c], m0), p1 = product32(x2[c], m1);
       x0[c] = (p1 >> 32) ^ x1[c] ^ splat64(keys.first[round]);
       x2[c] = (p0 >> 32) ^ x3[c] ^ splat64(keys.second[round]);
       x1[c] = p1;
       x3[c] = p0;
     }
-  for (int c = 0; c < PHILOX_CHAINS; c++)
+  for (int c = 0; c < CHAINS; c++)
     interleave((x0[c] & 0xffffffffu) | (x1[c] << 32), (x2[c] & 0xffffffffu) | (x3[c] << 32), out + c * PHILOX_STEP);
+}
+
+// At least n numbers; writes up to PHILOX_STEP - 1 more.
+INLINE void random_bits(const Philox& p, const PhiloxKeys& keys, uint64_t first, int64_t n, uint16_t* out) {
+  int64_t k = 0;
+  for (; k + 2 * PHILOX_STEP < n; k += 3 * PHILOX_STEP) philox<3>(p, keys, first + (uint64_t)k / 8, out + k);
+  for (; k < n; k += PHILOX_STEP) philox<1>(p, keys, first + (uint64_t)k / 8, out + k);
 }

@@ -14,9 +14,7 @@
 #include "qdq_rotate.h"
 #include "qdq_round.h"
 
-#ifndef STREAM_BYTES
-#define STREAM_BYTES (8 << 20)
-#endif
+constexpr int64_t STREAM_BYTES = 8 << 20;  // results from this size on are written past the caches
 
 enum Output { VALUES_FP32, VALUES_BF16, CODES };
 
@@ -52,7 +50,9 @@ struct Job {
 
 struct Scratch {
   std::vector<float> memory;
-  float *tile, *errors, *factors, *maxima, *multiplier, *scale, *level, *size, *encode, *whole, *best, *candidate_multiplier, *candidate_scale, *unit_multiplier, *unit_scale, *unit_level;
+  float *tile, *errors, *factors, *maxima;
+  float *size, *encode, *whole, *multiplier, *scale, *level, *best, *candidate_multiplier, *candidate_scale;  // a block
+  float *unit_multiplier, *unit_scale, *unit_level;                                                           // a column
   U* partial;
   uint16_t* noise;
   void* row;
@@ -65,7 +65,8 @@ struct Scratch {
     tile = take(j.tile_rows * t);
     errors = j.scale.targets > 1 ? take(j.tile_rows * (t + W)) : nullptr;
     factors = take(256);
-    for (float** f : {&maxima, &multiplier, &scale, &level, &size, &encode, &whole, &best, &candidate_multiplier, &candidate_scale, &unit_multiplier, &unit_scale, &unit_level})
+    for (float** f : {&maxima, &size, &encode, &whole, &multiplier, &scale, &level, &best, &candidate_multiplier,
+                      &candidate_scale, &unit_multiplier, &unit_scale, &unit_level})
       *f = take(t + W);
     partial = (U*)take(t + W * W);
     noise = (uint16_t*)take(t / 2 + pad);
@@ -106,21 +107,21 @@ static void column_maxima(const float* tile, int64_t rows, int64_t columns, floa
   }
 }
 
-// Column maxima (n of them) -> maxima of runs of `width` columns; the vectors' ends are written too.
+// The largest magnitudes (as patterns) of runs of `width` of n numbers; the vectors' ends are written too.
 static void block_maxima(const float* columns, int64_t n, int64_t width, U* partial, float* out) {
   const auto greater = [](U a, U b) { return largest(a, b); };
   if (width % W) {
     for (int64_t b = 0; b < n / width; b++) {
       uint32_t m = 0;
-      for (int64_t k = b * width; k < (b + 1) * width; k++) m = std::max(m, as_bits(columns[k]));
+      for (int64_t k = b * width; k < (b + 1) * width; k++) m = std::max(m, as_bits(columns[k]) & MAGNITUDE);
       out[b] = as_float(m);
     }
     return;
   }
   const int64_t blocks = n / width;
   for (int64_t b = 0; b < blocks; b++) {
-    U m = bits(load(columns + b * width));
-    for (int64_t k = W; k < width; k += W) m = largest(m, bits(load(columns + b * width + k)));
+    U m = bits(load(columns + b * width)) & MAGNITUDE;
+    for (int64_t k = W; k < width; k += W) m = largest(m, bits(load(columns + b * width + k)) & MAGNITUDE);
     partial[b] = m;
   }
   for (int64_t b = 0; b < blocks; b += W) store(out + b, floats(across(partial + b, greater)));
@@ -132,8 +133,8 @@ static void measure(const Job& j, int64_t r, int64_t c, const float* tile, int64
   if (j.size_given) {
     j.sizes.gather(r, c, width, blocks, j.columns, s.size);
   } else {
-    column_maxima(tile, rows, j.tile_columns, width == 1 ? s.size : s.maxima);
-    if (width != 1) block_maxima(s.maxima, j.tile_columns, width, s.partial, s.size);
+    if (rows > 1 || width == 1) column_maxima(tile, rows, j.tile_columns, width == 1 ? s.size : s.maxima);
+    if (width != 1) block_maxima(rows > 1 ? s.maxima : tile, j.tile_columns, width, s.partial, s.size);
     for (int64_t b = 0; b < blocks; b += W) {
       const U m = bits(load(s.size + b));
       store(s.size + b, floats(m < INF ? m : splat_bits(QNAN)));
@@ -186,8 +187,8 @@ INLINE void round_row(const R& round, const float* from, const Units u, const ui
 }
 
 template <bool LEVEL, class O, class R>
-static void round_row_by(const R& round, const float* from, const Units& u, const uint16_t* noise, int64_t n, int64_t width,
-                         O* to) {
+static void round_row_by(const R& round, const float* from, const Units& u, const uint16_t* noise, int64_t n,
+                         int64_t width, O* to) {
   if (width % W) round_row<-1, LEVEL>(round, from, u, noise, n, width, to);
   else if (width == W) round_row<1, LEVEL>(round, from, u, noise, n, width, to);
   else if (width == 2 * W) round_row<2, LEVEL>(round, from, u, noise, n, width, to);
@@ -201,8 +202,7 @@ static void round_rows(const Job& j, int64_t r, int64_t c, const float* tile, in
   const int64_t width = std::min(j.tile_columns, j.columns - c);
   for (int64_t i = 0; i < std::min(rows, j.rows - r); i++) {
     const int64_t first = (r + i) * j.columns + c;
-    if (STOCHASTIC)
-      for (int64_t k = 0; k < width + first % 8; k += PHILOX_BITS) philox(j.philox, s.keys, (uint64_t)(first + k) / 8, s.noise + k);
+    if (STOCHASTIC) random_bits(j.philox, s.keys, (uint64_t)first / 8, width + first % 8, s.noise);
     O* to = width < j.tile_columns ? (O*)s.row : (O*)j.out + first;
     const float* from = tile + i * j.tile_columns;
     const uint16_t* noise = s.noise + first % 8;
@@ -224,14 +224,18 @@ static void scale_blocks(const Job& j, int target, int64_t blocks, float* multip
 // Whether the result is large, and every vector of it aligned.
 template <class O> static bool streams(const Job& j) {
   const int64_t row_bytes = j.columns * (int64_t)sizeof(O);
-  return row_bytes * j.rows >= STREAM_BYTES && row_bytes % 64 == 0 && (uintptr_t)j.out % 64 == 0 && j.columns % j.tile_columns == 0;
+  const bool aligned = row_bytes % 64 == 0 && (uintptr_t)j.out % 64 == 0 && j.columns % j.tile_columns == 0;
+  return aligned && row_bytes * j.rows >= STREAM_BYTES;
 }
 
 // Sums in the order of tree_sum: of `rows` rows of n numbers into the first; of runs of `width` numbers.
 static void sum_rows(float* e, int64_t rows, int64_t n, int64_t stride) {
   for (int64_t half = rows / 2; half; half /= 2)
     for (int64_t i = 0; i < half; i++)
-      for (int64_t k = 0; k < n; k += W) store(e + i * stride + k, load(e + i * stride + k) + load(e + (i + half) * stride + k));
+      for (int64_t k = 0; k < n; k += W) {
+        float* at = e + i * stride + k;
+        store(at, load(at) + load(at + half * stride));
+      }
 }
 
 static void sum_runs(float* e, int64_t n, int64_t width, float* out) {
@@ -256,7 +260,8 @@ static void sum_runs(float* e, int64_t n, int64_t width, float* out) {
 }
 
 // 4-over-6: every block takes the target whose values lie nearest to its elements; the first of equals.
-static void choose_targets(const Job& j, int64_t r, int64_t c, const float* tile, int64_t rows, int64_t width, Scratch& s) {
+static void choose_targets(const Job& j, int64_t r, int64_t c, const float* tile, int64_t rows, int64_t width,
+                           Scratch& s) {
   const Rounder<false, false> round(j.element);
   const int64_t n = j.tile_columns, blocks = n / width, stride = n + W;
   const bool two_level = j.scale.rule >= E4M3;
@@ -298,7 +303,8 @@ template <class T, class O, bool STOCHASTIC, bool MASKED>
 static void quantise_tile(const Job& j, int64_t r0, int64_t c, Scratch& s) {
   read_tile<T>(j, r0, c, s.tile, (T*)s.row);
   if (j.rotation.size) rotate_tile(s.tile, (int)j.tile_rows, (int)j.tile_columns, j.rotation, s.factors, sizeof(T) == 2);
-  const int64_t rows = j.block_rows ? j.block_rows : j.tile_rows, width = j.block_columns ? j.block_columns : j.tile_columns;
+  const int64_t rows = j.block_rows ? j.block_rows : j.tile_rows;
+  const int64_t width = j.block_columns ? j.block_columns : j.tile_columns;
   const int64_t blocks = j.tile_columns / width;
   for (int64_t r = r0; r < std::min(r0 + j.tile_rows, j.rows); r += rows) {
     const float* tile = s.tile + (r - r0) * j.tile_columns;
@@ -327,7 +333,8 @@ static void quantise_tile(const Job& j, int64_t r0, int64_t c, Scratch& s) {
 template <class T> static void measure_tile(const Job& j, int64_t r0, int64_t c, Scratch& s) {
   read_tile<T>(j, r0, c, s.tile, (T*)s.row);
   if (j.rotation.size) rotate_tile(s.tile, (int)j.tile_rows, (int)j.tile_columns, j.rotation, s.factors, sizeof(T) == 2);
-  const int64_t rows = j.block_rows ? j.block_rows : j.tile_rows, width = j.block_columns ? j.block_columns : j.tile_columns;
+  const int64_t rows = j.block_rows ? j.block_rows : j.tile_rows;
+  const int64_t width = j.block_columns ? j.block_columns : j.tile_columns;
   for (int64_t r = r0; r < std::min(r0 + j.tile_rows, j.rows); r += rows) {
     measure(j, r, c, s.tile + (r - r0) * j.tile_columns, rows, width, s);
     for (int64_t b = 0; b < j.tile_columns / width && c + b * width < j.columns; b++) {

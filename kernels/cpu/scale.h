@@ -46,6 +46,22 @@ static inline Outer outer_scale(const ScaleArgs& a, I size_bits) {
   return o;
 }
 
+// t[0] + ... + t[n-1] in the order that numerics defines: t[:n/2] + t[n/2:], again and again
+static inline V tree_sum(V* t, int n) {
+  for (n /= 2; n; n /= 2)
+    for (int i = 0; i < n; i++) t[i] = _mm512_add_ps(t[i], t[i + n]);
+  return t[0];
+}
+
+// The same over the 16 lanes, in every lane of the result.
+static inline V tree_sum_lanes(V v) {
+  v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0x4e));
+  v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xb1));
+  v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
+  v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
+  return _mm512_permutexvar_ps(I{}, v);
+}
+
 static inline V power_of_two(I biased) {  // 2^(biased - 127); 2^-127 is subnormal
   const I u = _mm512_slli_epi32(biased, 23);
   return from_bits(_mm512_mask_mov_epi32(u, _mm512_cmpeq_epi32_mask(biased, I{}), splat_bits(0x400000)));

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowprec.linear import oracle
 from lowprec.linear.recipe import GEMM_OPERANDS, Gemm
-from lowprec.numerics import Format, Stream, rotate
+from lowprec.numerics import Stream, rotate
 
 Side = Literal["a", "b"]
 Packed = Any
@@ -49,6 +49,9 @@ class Backend(Protocol):
     def multiply(self, a: Packed, b: Packed, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
         """Prepared operands (m, k), (n, k) -> (m, n)."""
 
+    def stored(self, prepared: Packed, gemm: Gemm, side: Side) -> Packed:
+        """The same in as little memory as the backend knows, to be kept; ``multiply`` takes it too."""
+
     def unpacked(self, prepared: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What a prepared operand stands for: values * block scales (rows, k), and the tensor scale () or (rows, 1)."""
 
@@ -70,6 +73,9 @@ class Native:
 
     def multiply(self, a: Tensor, b: Tensor, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
         return (a @ b.T).to(out_dtype)
+
+    def stored(self, prepared: Tensor, gemm: Gemm, side: Side) -> Tensor:
+        return prepared
 
     def unpacked(self, prepared: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return prepared.to(dtype), torch.ones((), device=prepared.device)
@@ -101,6 +107,10 @@ class Oracle:
     def multiply(self, a: Operands, b: Operands, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
         return oracle.multiply(_unpack(a), _unpack(b)).to(out_dtype)
 
+    def stored(self, prepared: oracle.Prepared, gemm: Gemm, side: Side) -> Operands:
+        format = getattr(gemm, side).format
+        return prepared if format is None else oracle.Stored.of(prepared, format)
+
     def unpacked(self, prepared: oracle.Prepared, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return prepared.blockscaled().to(dtype), prepared.tensor_scale
 
@@ -114,13 +124,6 @@ class Torch(Oracle):
         a, b = _unpack(a), _unpack(b)
         scale = a.tensor_scale.reshape(-1, 1) * b.tensor_scale.reshape(1, -1)
         return (a.blockscaled() @ b.blockscaled().T * scale).to(out_dtype)
-
-
-def stored(prepared: Packed, format: Format | None) -> Packed:
-    """A prepared operand in as little memory as its backend knows, to be kept; ``multiply`` takes it too."""
-    if format is None or not isinstance(prepared, oracle.Prepared):
-        return prepared
-    return oracle.Stored.of(prepared, format)
 
 
 def gemm(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lowprec.linear import oracle
-from lowprec.linear.backends import Backend, Packed, stored
+from lowprec.linear.backends import Backend, Packed
 from lowprec.linear.call import Call, Policy, Shared, operand_of, pad_to, padded_sizes, turned
 from lowprec.linear.operands import Terms, chosen_backend, outer, pad_forward, prepare, rounded, source, terms_of
 from lowprec.linear.recipe import Gemm, LinearRecipe, Operand
@@ -101,7 +101,7 @@ def keep(x_TK: Tensor, out_features: int, call: Call) -> Kept | None:
     sizes = padded_sizes(gemm, out_features, b.shape[0], x_TK.shape[0], call.policy.pad)
     b = outer("wgrad", pad_to(b, sizes[1], sizes[2]), gemm.outer_b, "b", call)
     chosen = chosen_backend("wgrad", gemm, sizes, b, call)
-    prepared = stored(prepare("wgrad", "b", b, gemm, chosen, call), gemm.b.format)
+    prepared = chosen.stored(prepare("wgrad", "b", b, gemm, chosen, call), gemm, "b")
     small = prepared.nbytes < x_TK.numel() * x_TK.element_size()
     return Kept(prepared, chosen, factor, x_TK.shape[1], sizes) if small else None
 

@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowprec.kernels.cpu.build import Unavailable, cpu_description
 from lowprec.linear import BF16, QuantizedLinear, load_recipe
 from lowprec.tools import bench_linear
 
+try:
+    cpu_description()
+    MISSING = ""
+except Unavailable as error:
+    MISSING = str(error)
 ROOT = Path(bench_linear.__file__).resolve().parent.parent
 ARGUMENTS = ["--shape", "64", "128", "128", "--reps", "1", "--threads", "1"]
 
@@ -26,6 +32,7 @@ def test_runs_as_script_and_as_module(command: list[str]) -> None:
     assert [row["recipe"] for row in rows] == list(bench_linear.TARGETS)
     assert {"recipe", "backend", "ratio_bf16", "ratio_fp32", "snr_y", "snr_dx", "snr_dw"} <= set(rows[0])
     assert all(row["right"] and row["ratio_bf16"] > 0 and row["ratio_fp32"] > 0 for row in rows)
+    assert MISSING or {row["backend"] for row in rows} == {"cpu"}
 
 
 def test_every_shipped_recipe_is_as_precise_as_its_definition(capsys: pytest.CaptureFixture[str]) -> None:

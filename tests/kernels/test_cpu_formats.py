@@ -25,7 +25,8 @@ STREAM = Stream(seed=5, step=3, micro=1, layer="layers.1.attn.o_proj")
 CPU = CpuBackend()
 NV = {"scale": "e4m3", "tensor_scale": True}
 EXTRA = (
-    *(Format(f"{name}_fp32", name, (1, 32)) for name in ("e1m2", "int2", "int3", "int5", "int7", "midrise8", "e3m2", "e2m3")),
+    *(Format(f"{name}_fp32", name, (1, 32)) for name in ("e1m2", "int2", "int3", "int5", "int7")),
+    *(Format(f"{name}_fp32", name, (1, 32)) for name in ("midrise8", "e3m2", "e2m3")),
     *(Format(f"midrise{bits}_rms", f"midrise{bits}", (1, 0), rule="rms", coef=1.5) for bits in (1, 2, 3, 5, 7)),
     *(Format(f"e8m{m}", f"e8m{m}", (1, 0), "none") for m in (1, 2, 3, 5, 6, 7)),
     Format("e8m0", "e8m0_signed", (0, 0), "none"),
@@ -234,12 +235,14 @@ def test_products(pair: tuple[str | None, str | None]) -> None:
                 assert torch.equal(value, original)
 
 
-@pytest.mark.parametrize(
-    "pair",
-    [("int8_1x32_pow2", "int4_1x32_pow2"), ("int8_128", "int8_128"), ("int8_64", "int8_64"), ("nvfp4_46", "nvfp4_46_2d"), ("ufp4", "nvfp4_2d"),
-     ("nvfp4_double", "nvfp4"), ("int8_e4m3", "int8_e4m3"), ("nvfp4_row", "nvfp4_2d"), ("mxfp4_sr", "mxfp6_e2m3"), ("nvfp4_ue5m3", "nvfp4_ue5m3_2d")],
-    ids=str,
+EXACT = (
+    ("int8_1x32_pow2", "int4_1x32_pow2"), ("int8_128", "int8_128"), ("int8_64", "int8_64"), ("ufp4", "nvfp4_2d"),
+    ("int8_e4m3", "int8_e4m3"), ("nvfp4_46", "nvfp4_46_2d"), ("nvfp4_double", "nvfp4"), ("nvfp4_row", "nvfp4_2d"),
+    ("mxfp4_sr", "mxfp6_e2m3"), ("nvfp4_ue5m3", "nvfp4_ue5m3_2d"),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", EXACT, ids=str)
 def test_products_of_integers_in_blocks_are_bit_equal(pair: tuple[str, str]) -> None:
     """Where a block's sum of products is exact in fp32, the product is the definition's, bit for bit."""
     gemm = Gemm(*(Operand(SERVED[name]) for name in pair))
