@@ -17,7 +17,7 @@ RUN_ENV := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
 DEV_ENV := $(if $(RUN_ENV),$(VENV)/.installed-dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart check lint format types imports test bench env dev clean
+.PHONY: help quickstart check lint format types imports test bench docs env dev clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -46,6 +46,9 @@ test: $(DEV_ENV)  ## pytest; TESTS="tests/linear -x" chooses
 
 bench: $(RUN_ENV)  ## one linear layer, forward + backward, every recipe against bf16 and fp32
 	$(PY) tools/bench_linear.py $(ARGS)
+
+docs: $(RUN_ENV)  ## docs/recipes.md anew: equations and texts from the YAML, figures measured where a recipe has changed
+	$(PY) -m lowprec.tools.recipe_page $(ARGS)
 
 env: $(RUN_ENV)  ## only create the environment for running
 dev: $(DEV_ENV)  ## only create the environment for working on lowprec

@@ -50,6 +50,8 @@ def local(command: str) -> list[str]:
         "torchrun": "torch.distributed.run",
         "lowprec-train": "lowprec.launch.train",
         "lowprec-prepare": "lowprec.launch.prepare",
+        "lowprec-numerics": "lowprec.tools.numerics",
+        "lowprec-sensitivity": "lowprec.tools.sensitivity",
     }
     if program in modules:
         return [sys.executable, "-m", modules[program], *words[1:]]
@@ -98,6 +100,14 @@ def trains_on_prepared(command: str, tmp_path: Path) -> None:
     trains(command, tmp_path, "data.validation_frac=0.2")
 
 
+def looks_at_a_run(command: str, tmp_path: Path) -> None:
+    """The same, of a run of two small steps, with the fewest batches and probes."""
+    trains("lowprec-train recipe=bf16_tiny", tmp_path)
+    more = ["--batches", "1", "--probes", "2", "--tokens", "64"] if "sensitivity" in command else ["--tokens", "64"]
+    words = [str(tmp_path / "run") if word.startswith("runs/") else word for word in local(command)]
+    assert "layers.0.mlp.up_proj" in run([*words, *more], tmp_path)
+
+
 def prints(command: str, tmp_path: Path) -> None:
     """The command exactly as written: it prints something and ends."""
     assert run(local(command), tmp_path).strip()
@@ -141,6 +151,10 @@ HOW: dict[str, Callable[[str, Path], None]] = {
     "lowprec-train recipe=nvfp4_tiny": trains,
     "lowprec-train recipe=bf16_tiny precision=fp8_blockwise train.steps=400 seed=7 run.dir=runs/blockwise": trains,
     "lowprec-train --plan recipe=nvfp4_130m": prints,
+    "lowprec-train recipe=bf16_tiny precision=nvfp4 precision.linear.nvfp4.wgrad.inner=null run.dir=runs/plain": trains,
+    "lowprec-numerics --recipes nvfp4,quartet2,lowprec_max --data channel_means": prints,
+    "lowprec-numerics --capture runs/plain --recipes nvfp4,mxfp8 --layers 'layers.0.mlp.*'": looks_at_a_run,
+    "lowprec-sensitivity runs/plain --precision nvfp4 --keep 15": looks_at_a_run,
     "lowprec-train --cfg job recipe=nvfp4_12b": prints,
     "lowprec-train --config-dir my_recipes recipe=mine": trains_on_own_recipe,
     "lowprec-prepare my_tokens --kind text --path 'my_texts/*.txt' --tokenizer byte": prepares,

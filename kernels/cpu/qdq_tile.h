@@ -76,9 +76,14 @@ struct Scratch {
   }
 };
 
-// Rows r.. and columns c.. of the matrix as fp32, zeros beyond its ends.
-template <class T> static void read_tile(const Job& j, int64_t r, int64_t c, float* tile, T* edge) {
+// Rows r.. and columns c.. of the matrix as fp32, zeros beyond its ends: in `tile`, or where they lie if that will do.
+template <class T> static const float* read_tile(const Job& j, int64_t r, int64_t c, float* tile, T* edge) {
   const int64_t width = std::min(j.tile_columns, j.columns - c);
+  if (sizeof(T) == 4 && j.tile_rows == 1 && !j.rotation.size && width == j.tile_columns) {
+    const float* from = (const float*)j.x + r * j.columns + c;
+    for (int64_t k = 0; k < width; k += 16) __builtin_prefetch(from + width + k);  // the next tile
+    return from;
+  }
   for (int64_t i = 0; i < j.tile_rows; i++) {
     float* to = tile + i * j.tile_columns;
     if (r + i >= j.rows) {
@@ -96,6 +101,7 @@ template <class T> static void read_tile(const Job& j, int64_t r, int64_t c, flo
       for (int64_t i = k; i < k + 64 / (int64_t)sizeof(T) && i < j.tile_columns; i += W) store(to + i, load(from + i));
     }
   }
+  return tile;
 }
 
 // Largest magnitudes (as patterns) of each column of `rows` rows.
@@ -301,13 +307,13 @@ static void choose_targets(const Job& j, int64_t r, int64_t c, const float* tile
 
 template <class T, class O, bool STOCHASTIC, bool MASKED>
 static void quantise_tile(const Job& j, int64_t r0, int64_t c, Scratch& s) {
-  read_tile<T>(j, r0, c, s.tile, (T*)s.row);
+  const float* matrix = read_tile<T>(j, r0, c, s.tile, (T*)s.row);
   if (j.rotation.size) rotate_tile(s.tile, (int)j.tile_rows, (int)j.tile_columns, j.rotation, s.factors, sizeof(T) == 2);
   const int64_t rows = j.block_rows ? j.block_rows : j.tile_rows;
   const int64_t width = j.block_columns ? j.block_columns : j.tile_columns;
   const int64_t blocks = j.tile_columns / width;
   for (int64_t r = r0; r < std::min(r0 + j.tile_rows, j.rows); r += rows) {
-    const float* tile = s.tile + (r - r0) * j.tile_columns;
+    const float* tile = matrix + (r - r0) * j.tile_columns;
     measure(j, r, c, tile, rows, width, s);
     if (j.scale.rule >= E4M3) j.encode.gather(r, c, width, blocks, j.columns, s.encode);
     scale_blocks(j, 0, blocks, s.multiplier, s.scale, s);
@@ -331,12 +337,12 @@ static void quantise_tile(const Job& j, int64_t r0, int64_t c, Scratch& s) {
 
 // Measure only: sizes of whole-axis or other blocks (patterns of the largest magnitude), merged into j.sizes.
 template <class T> static void measure_tile(const Job& j, int64_t r0, int64_t c, Scratch& s) {
-  read_tile<T>(j, r0, c, s.tile, (T*)s.row);
+  const float* matrix = read_tile<T>(j, r0, c, s.tile, (T*)s.row);
   if (j.rotation.size) rotate_tile(s.tile, (int)j.tile_rows, (int)j.tile_columns, j.rotation, s.factors, sizeof(T) == 2);
   const int64_t rows = j.block_rows ? j.block_rows : j.tile_rows;
   const int64_t width = j.block_columns ? j.block_columns : j.tile_columns;
   for (int64_t r = r0; r < std::min(r0 + j.tile_rows, j.rows); r += rows) {
-    measure(j, r, c, s.tile + (r - r0) * j.tile_columns, rows, width, s);
+    measure(j, r, c, matrix + (r - r0) * j.tile_columns, rows, width, s);
     for (int64_t b = 0; b < j.tile_columns / width && c + b * width < j.columns; b++) {
       uint32_t* at = (uint32_t*)j.sizes.data + j.sizes.at(r, c + b * width);
       uint32_t seen = __atomic_load_n(at, __ATOMIC_RELAXED);

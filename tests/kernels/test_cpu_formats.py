@@ -252,6 +252,26 @@ def test_products_of_integers_in_blocks_are_bit_equal(pair: tuple[str, str]) -> 
         assert same(got, oracle.gemm(a, b, gemm, STREAM, "fprop", torch.float32)), kind
 
 
+def test_sums_of_more_than_24_bits_are_rounded_as_written() -> None:
+    """INT8 under E4M3 scales: a block's product needs 26 bits, so it is rounded before it is added, as defined."""
+    draws = [torch.rand(256, 32, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    a, b = ((100 + 27 * x) * (1 + y[:, ::16].repeat_interleave(16, 1)) for x, y in (draws[:2], draws[2:]))
+    gemm = Gemm(Operand(SERVED["int8_e4m3"]), Operand(SERVED["int8_e4m3"]))
+    got = CPU.gemm(a, b, gemm, STREAM, "fprop", torch.float32)
+    assert torch.equal(got, oracle.gemm(a, b, gemm, STREAM, "fprop", torch.float32))
+
+
+@pytest.mark.parametrize("exponent", [-73, -69, -67, -50, 60, 62])
+@pytest.mark.parametrize("name", ["mxfp4", "int8_1x32_pow2"])
+def test_products_at_the_ends_of_fp32(name: str, exponent: int) -> None:
+    """Scales whose products leave fp32's normal range: each block is rounded, or overflows, as in the definition."""
+    a, b = (draw("normal", 64, 128, torch.float32, i) * 2.0**exponent for i in (1, 2))
+    gemm = Gemm(Operand(SERVED[name]), Operand(SERVED[name]))
+    got = CPU.gemm(a, b, gemm, STREAM, "fprop", torch.float32)
+    expected = oracle.gemm(a, b, gemm, STREAM, "fprop", torch.float32)
+    assert same(got, expected) and ((expected != 0).any() or (name, exponent) == ("int8_1x32_pow2", -73))
+
+
 def test_a_whole_axis_of_int8_is_exact() -> None:
     """The largest int8 codes over a long axis: the int32 sum is the exact one, rounded once."""
     k = 65536

@@ -33,7 +33,7 @@ def sentence(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ([], "no recipe given: add recipe=NAME, one of bf16_tiny, "),
         (["recipe=nvfp4_tny"], "no recipe 'nvfp4_tny' (did you mean nvfp4_tiny?); recipe can be bf16_tiny, fp8_tiny"),
         (["model=llama_tin"], "no model 'llama_tin' (did you mean llama_tiny?); model can be llama"),
-        (["precision=nvfp5"], "no precision 'nvfp5' (did you mean nvfp4?); precision can be bf16, "),
+        (["precision=nvfp5"], "no precision 'nvfp5' (did you mean nvfp4?); precision can be averis, bf16, "),
         (["train.stepz=3"], "no key 'train.stepz' (did you mean train.steps?); train has the keys checkpoint_async, "),
         (["trian.steps=3"], "no key 'trian.steps' (did you mean train.steps?); a run has the keys data, model, "),
         (["+train.extra=3"], "no key 'train.extra'; train has the keys "),
@@ -159,7 +159,7 @@ def test_help_lists_every_recipe(capsys) -> None:
     out = capsys.readouterr().out
     for path in (ROOT / "recipes" / "recipe").glob("*.yaml"):
         assert f"  {path.stem:<16}{path.read_text().splitlines()[1][2:]}\n" in out
-    assert "precision=  bf16, fp8_blockwise, " in out
+    assert "precision=  averis, bf16, bitnet_158, " in out
 
 
 def test_an_unknown_option_ends_with_usage(capsys) -> None:
