@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lowprec.data import DataConfig
 from lowprec.model import ModelConfig
 from lowprec.optim import OptimConfig, ScheduleConfig
-from lowprec.parallel import ParallelConfig
+from lowprec.parallel import ParallelConfig, Recompute
 
 
 class ComputeDtype(Enum):
@@ -106,6 +106,11 @@ def load(config: DictConfig) -> Run:
         raise ValueError(f"train.global_batch={t.global_batch} is not a multiple of train.micro_batch={t.micro_batch}")
     if run.data.seq_len > run.model.max_seq_len:
         raise ValueError(f"data.seq_len={run.data.seq_len} is longer than model.max_seq_len={run.model.max_seq_len}")
+    if run.precision.get("save") == "codes" and run.parallel.recompute is not Recompute.none:
+        raise ValueError(
+            "precision.save=codes and parallel.recompute=full: recomputation keeps no inputs, so their codes would be "
+            "kept in addition; choose one of the two"
+        )
     return run
 
 

@@ -8,6 +8,7 @@
 :file:`scale.h`     block scales
 :file:`operand.h`   preparing an operand: sizes, scales, codes
 :file:`packed.h`    the layout of a prepared operand
+:file:`stored.h`    the same in little memory, for the backward pass
 :file:`gemm_*.h`    the products: integers on the int8 unit, everything else in bf16
 :file:`api.cpp`     the C interface
 ==================  ===============================================================

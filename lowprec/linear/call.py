@@ -70,6 +70,7 @@ class Call:
 
 
 def operand_of(role: str, side: Side, call: Call) -> tuple[str, Operand]:
+    """Name (x, w or dy) and spec of one side of a product."""
     return GEMM_OPERANDS[role][side == "b"], getattr(getattr(call.recipe, role), side)
 
 

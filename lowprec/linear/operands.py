@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowprec.linear import oracle
 from lowprec.linear.backends import Backend, Packed, Side, choose
-from lowprec.linear.call import TRANSPOSED, Call, operand_of, pad_to, padded_sizes, turned
+from lowprec.linear.call import TILE, TRANSPOSED, Call, operand_of, pad_to, padded_sizes, turned
 from lowprec.linear.recipe import GEMM_OPERANDS, Gemm, Operand, Rotation
 from lowprec.linear.split import ChannelSplit, LowRankSplit, MeanSplit, ResidualSplit, factors, strongest
 
@@ -70,6 +69,7 @@ def forward_value(name: str, tensors: Mapping[str, Tensor], call: Call) -> tuple
 
 
 def outer(role: str, x: Tensor, rotation: Rotation | None, side: Side, call: Call) -> Tensor:
+    """x (rows, k) with its free axis rotated."""
     if rotation is None:
         return x
     return turned(x.T, rotation, call, f"{role}.{side}").T
@@ -178,8 +178,11 @@ def _energy(x_TF: Tensor, split: ChannelSplit | ResidualSplit, call: Call) -> Te
 
 def dequantized(role: str, side: Side, x: Tensor, operand: Operand, gemm: Gemm, call: Call) -> Tensor:
     """What x (rows, k) becomes as an operand, in the rotated space of the product; fp32."""
-    q = oracle.prepare(x, operand, gemm.inner, call.stream, role, GEMM_OPERANDS[role][side == "b"])
-    return q.blockscaled() * q.tensor_scale.reshape(-1, 1)
+    alone = Gemm(operand, Operand(), gemm.inner) if side == "a" else Gemm(Operand(), operand, gemm.inner)
+    rows, k = x.shape
+    chosen = chosen_backend(role, alone, (rows, TILE, k) if side == "a" else (TILE, rows, k), x, call)
+    values, scale = chosen.unpacked(chosen.prepare(x, alone, side, call.stream, role), torch.float32)
+    return values * scale.reshape(-1, 1)
 
 
 def rounded(role: str, side: Side, terms: Terms, gemm: Gemm, call: Call, whole: bool) -> Tensor:
@@ -196,6 +199,7 @@ def rounded(role: str, side: Side, terms: Terms, gemm: Gemm, call: Call, whole: 
 
 
 def chosen_backend(role: str, gemm: Gemm, sizes: tuple[int, int, int], x: Tensor, call: Call) -> Backend:
+    """Who multiplies (m, n, k) = ``sizes`` of x's dtype on x's device."""
     return choose(call.policy.backend, gemm, role, *sizes, x.dtype, x.device)[0]
 
 

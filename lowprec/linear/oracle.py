@@ -91,7 +91,11 @@ def turned(
     inverse: bool = False,
     rotate: Callable[[Tensor, int, Tensor | None, bool], Tensor] = rotate,
 ) -> Tensor:
-    """x with its last axis rotated (or turned back), in x's dtype; ``role`` keys the signs of every step."""
+    """x with its last axis rotated (or turned back), in x's dtype and memory order (by which noise is indexed).
+
+    ``role`` keys the signs of every step; ``rotate`` is :func:`lowprec.numerics.rotate` or equals it.
+    """
+    columns_first = x.dim() == 2 and x.stride(0) < x.stride(1)
     size = rotation.size or x.shape[-1]
     rounds = [f"{role}.signs", f"{role}.signs2"][: rotation.rounds]
     for key in reversed(rounds) if inverse else rounds:
@@ -102,7 +106,7 @@ def turned(
         else:
             signs = stream.signs(key, size, x.device)
         x = rotate(x, size, signs, inverse)
-    return x
+    return x.T.contiguous().T if columns_first else x
 
 
 def noise_like(x: Tensor, stream: Stream, key: str) -> Tensor:

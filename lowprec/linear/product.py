@@ -57,7 +57,7 @@ def product(
     if kept is None:
         b, factor_b = source(role, "b", tensors, call)
         rows_b = b.shape[0]
-        sizes = _sizes(role, a, rows_b, gemm, call)
+        sizes = _sizes(role, a.shape[0], rows_b, a.shape[1], call)
     else:
         b, factor_b, rows_b, sizes = None, kept.factor, kept.rows, kept.sizes
     rows_a = a.shape[0]
@@ -98,7 +98,7 @@ def keep(x_TK: Tensor, out_features: int, call: Call) -> Kept | None:
         return None
     gemm = call.recipe.wgrad
     b, factor = source("wgrad", "b", {"x": x_TK}, call)
-    sizes = padded_sizes(gemm, out_features, b.shape[0], x_TK.shape[0], call.policy.pad)
+    sizes = _sizes("wgrad", out_features, b.shape[0], x_TK.shape[0], call)
     b = outer("wgrad", pad_to(b, sizes[1], sizes[2]), gemm.outer_b, "b", call)
     chosen = chosen_backend("wgrad", gemm, sizes, b, call)
     prepared = chosen.stored(prepare("wgrad", "b", b, gemm, chosen, call), gemm, "b")
@@ -133,8 +133,9 @@ def kept_bytes_per_token(
     return inputs if kept is None else kept.prepared.nbytes / 128
 
 
-def _sizes(role: str, a: Tensor, rows_b: int, gemm: Gemm, call: Call) -> tuple[int, int, int]:
-    (m, k), n = a.shape, rows_b
+def _sizes(role: str, m: int, n: int, k: int, call: Call) -> tuple[int, int, int]:
+    """Padded sizes of a product, or a refusal by name."""
+    gemm: Gemm = getattr(call.recipe, role)
     sizes = padded_sizes(gemm, m, n, k, call.policy.pad)
     if sizes != (m, n, k) and call.policy.pad == "refuse":
         raise ValueError(

@@ -100,6 +100,10 @@ class Operand:
             raise ValueError(
                 f"amax: {self.amax} remembers one maximum a tensor; format {f.name} has no scale of the whole tensor"
             )
+        if self.amax != "current" and self.split:
+            raise ValueError(
+                f"amax: {self.amax} remembers the maximum of a tensor, not of the parts of a split; drop one"
+            )
         if self.gradient == "clip" and self.clip <= 0:
             raise ValueError(f"clip must be positive, got {self.clip}")
 
@@ -167,6 +171,10 @@ class Gemm:
             raise ValueError(
                 "ms_eden is unbiased only over random rotations: give the product inner: {size: 128, signs: step}"
             )
+
+        for outer, operand in ((self.outer_a, self.a), (self.outer_b, self.b)):
+            if outer and operand.split:
+                raise ValueError("an operand cannot be split and have its free axis rotated: the split sees other rows")
 
     @property
     def quantized(self) -> bool:

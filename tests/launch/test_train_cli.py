@@ -66,6 +66,7 @@ def sentence(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["schedule.warmup_frac=null", "schedule.warmup_steps=500"], "500 warmup steps"),
         (["optim._target_=torch.optim.Adamm"], "torch.optim.Adamm"),
         (["optim.kwargs={beta: 3}"], "beta"),
+        (["precision.save=codes", "parallel.recompute=full"], "choose one of the two"),
         (["--config-dir", "nowhere"], "--config-dir nowhere is not a folder"),
     ],
 )
