@@ -1,7 +1,7 @@
 """bench_quantize: what quantising a tensor costs, and whether it gives the right bits.
 
     python tools/bench_quantize.py
-    python tools/bench_quantize.py --formats nvfp4 mxfp8 --dtypes bfloat16 --threads 1
+    python tools/bench_quantize.py --formats nvfp4,mxfp8 --dtypes bfloat16 --threads 1
     python -m lowprec.tools.bench_quantize --json
 
 Quantise and dequantise a matrix, in fp32 and bf16, to nearest and stochastically, against a plain copy of it into
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     served = [name for name, format in FORMATS.items() if qdq.refuses(format) is None]
     p = argparse.ArgumentParser("bench_quantize", description="Time and check quantise-dequantise against a copy.")
-    p.add_argument("--formats", nargs="+", help="names of formats (default: all that the kernels serve)")
+    p.add_argument("--formats", nargs="+", help="names, with spaces or commas (default: all that the kernels serve)")
     p.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both")
     p.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("ROWS", "K"))
     p.add_argument("--reps", type=int, default=9, help="measurements of each row (default: %(default)s)")
@@ -164,7 +164,8 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--reps and the sizes of --shape must be at least 1")
     if a.threads:
         torch.set_num_threads(a.threads)
-    formats = a.formats or (list(QUICK) if a.quick else served)
+    named = [name for names in a.formats or [] for name in names.split(",") if name]
+    formats = named or (list(QUICK) if a.quick else served)
     try:
         rows = measure(formats, a.dtypes, tuple(a.shape), min(a.reps, 3) if a.quick else a.reps)
     except (ValueError, RuntimeError) as error:

@@ -78,6 +78,11 @@ def _factors(signs: Tensor | None, size: int) -> Tensor:
     return factor if signs is None else factor * signs
 
 
+@lru_cache(maxsize=32)
+def _fixed_factors(size: int, signs: str) -> Tensor:
+    return _factors(_fixed_signs(size) if signs == "fixed" else None, size)
+
+
 def _contiguous(x: Tensor) -> tuple[Tensor, bool]:
     """x (rows, k) with one of its axes contiguous, and whether that is k."""
     if x.stride() == (1, x.shape[0]) and x.shape[0] > 1:
@@ -210,7 +215,8 @@ class CpuBackend:
         operand = gemm.a if side == "a" else gemm.b
         format: Format | None = operand.format
         rows, k = x.shape
-        args = OperandArgs(free_size=rows, k=k, threads=torch.get_num_threads(), may_fold=may_fold, biased=side == "a")
+        args = OperandArgs.from_buffer_copy(_constants(gemm, side, x.dtype))
+        args.free_size, args.k, args.threads, args.may_fold = rows, k, torch.get_num_threads(), may_fold
         keep: list[Tensor] = []  # what the arguments point to
         measured = None if format is None or format.rule == "absmax" else format
         if gemm.inner is not None:
@@ -220,7 +226,8 @@ class CpuBackend:
                 for one in signs:
                     x = rotate(x, size, one)
             else:
-                keep += [_factors(one, size) for one in signs]
+                fixed = gemm.inner.signs != "step"
+                keep += [_fixed_factors(size, gemm.inner.signs) if fixed else _factors(one, size) for one in signs]
                 args.rotation, args.rounds = size, len(signs)
                 args.factors[: len(signs)] = [factors.data_ptr() for factors in keep]
         if measured is not None:
@@ -231,12 +238,14 @@ class CpuBackend:
             args.amax = keep[-1].data_ptr()
         x, args.contiguous_k = _contiguous(x)
         args.data, args.bf16 = x.data_ptr(), x.dtype == torch.bfloat16
-        key = f"{role}.{OPERAND_NAMES[role][side == 'b']}"
-        if format is None:
-            args.element.kind, block = ANY, k
-        else:
-            _fill(args, gemm, operand, x.dtype, stream, key)
-            block = format.block[1] or k
+        block = k if format is None else format.block[1] or k
+        if operand.rounding != "nearest":
+            key = f"{role}.{OPERAND_NAMES[role][side == 'b']}"
+            if operand.rounding == "stochastic":
+                args.key[:] = stream.key(key)
+            else:
+                args.scale_key[:] = stream.key(f"{key}.scale")
+            args.counter[:] = (stream.step & 0xFFFFFFFF, stream.micro & 0xFFFFFFFF)
         memory, packed = empty_packed(rows, k, block, bool(args.int8), may_fold)
         packed.biased, packed.code_scale = args.biased, args.code_scale
         packed.uniform = format is not None and format.block[0] != 1
@@ -281,7 +290,14 @@ def _int8(gemm: Any) -> bool:
     return same and all(code_scale(format.element) is not None for format in formats)
 
 
-def _fill(args: OperandArgs, gemm: Any, operand: Any, dtype: torch.dtype, stream: Stream, key: str) -> None:
+@lru_cache(maxsize=1024)
+def _constants(gemm: Any, side: str, dtype: torch.dtype) -> OperandArgs:
+    """What the arguments of an operand are whatever its tensor, its size and the random bits."""
+    operand = gemm.a if side == "a" else gemm.b
+    args = OperandArgs(biased=side == "a")
+    if operand.format is None:
+        args.element.kind = ANY
+        return args
     format: Format = operand.format
     args.free_block, args.k_block = format.block
     args.mode, args.group = MODES[operand.rounding], operand.group
@@ -290,11 +306,7 @@ def _fill(args: OperandArgs, gemm: Any, operand: Any, dtype: torch.dtype, stream
     args.int8 = _int8(gemm)
     args.code_scale = code_scale(format.element) or 1.0
     fill_scale(args.scale, format, dtype)
-    if operand.rounding == "stochastic":
-        args.key[:] = stream.key(key)
-    elif operand.rounding == "ms_eden":
-        args.scale_key[:] = stream.key(f"{key}.scale")
-    args.counter[:] = (stream.step & 0xFFFFFFFF, stream.micro & 0xFFFFFFFF)
+    return args
 
 
 def _sizes(x: Tensor, format: Format) -> Tensor:

@@ -19,8 +19,11 @@ static void for_each_tile(const Job& j, Visit visit) {
 }
 
 template <class T, class O> static Visit choose(const Job& j) {
-  if (j.element.masked) return j.stochastic ? quantise_tile<T, O, true, true> : quantise_tile<T, O, false, true>;
-  return j.stochastic ? quantise_tile<T, O, true, false> : quantise_tile<T, O, false, false>;
+  switch (kind(j.element)) {
+    case FLOAT: return j.stochastic ? quantise_tile<T, O, true, FLOAT> : quantise_tile<T, O, false, FLOAT>;
+    case MASKED: return j.stochastic ? quantise_tile<T, O, true, MASKED> : quantise_tile<T, O, false, MASKED>;
+    default: return j.stochastic ? quantise_tile<T, O, true, ANY> : quantise_tile<T, O, false, ANY>;
+  }
 }
 
 template <class T> static Visit choose_output(const Job& j) {

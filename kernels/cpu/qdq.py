@@ -144,7 +144,7 @@ class Result:
 
     Attributes:
         values: (rows, k) in the memory layout of the source: fp32 or bf16 values, or uint8 codes.
-        scales: (R, C) fp32, the block scales.
+        scales: (R, C) fp32, the block scales; (0, 0) where they were not to be kept.
         level: fp32, the tensor scale as in ``QTensor.tensor_scale``; None where the format has none.
     """
 
@@ -265,10 +265,13 @@ class _Call:
         job.encode, job.level = self._grid(encode, block), self._grid(level, block)
         return level.reshape(()) if block == (0, 0) else level
 
-    def run(self, random: tuple[Stream, str] | None, out: Tensor, block_scale: bool, level: bool | str) -> Tensor:
+    def run(
+        self, random: tuple[Stream, str] | None, out: Tensor, block_scale: bool, level: bool | str, keep_scales: bool
+    ) -> Tensor:
         """Quantise into ``out`` (the memory's shape): values with or without scales, or codes. Returns block scales."""
-        job = self.job
-        scales, job.scales = self._new_grid(self.format.block)
+        job, scales = self.job, torch.empty(0, 0)
+        if keep_scales:
+            scales, job.scales = self._new_grid(self.format.block)
         job.out, job.output = out.data_ptr(), OUTPUTS[out.dtype]
         job.apply_scale, job.apply_level, job.join_level = block_scale, bool(level), level == "join"
         if random is not None:
@@ -290,6 +293,7 @@ def run(
     block_scale: bool = True,
     level: bool | str = True,
     out: Tensor | None = None,
+    keep_scales: bool = True,
     march: str = "native",
 ) -> Result:
     """Quantise a matrix; the general form of the functions below.
@@ -306,6 +310,7 @@ def run(
         block_scale: multiply values by their block scales. level: ... then by the tensor scale too; "join": by the
             product of the two scales.
         out: where to write; x's memory layout and the right dtype.
+        keep_scales: return the block scales too, which costs memory.
         march: instruction set to compile for.
     """
     assert factors is None or format.rule == "absmax", format.name
@@ -313,7 +318,7 @@ def run(
     made = call.prepare(amax)
     out = torch.empty(call.memory.shape, dtype=dtype) if out is None else layout(out)[0]
     assert out.shape == call.memory.shape and out.dtype == dtype, (out.shape, out.dtype)
-    scales = call.run(random, out, block_scale, level if made is not None else False)
+    scales = call.run(random, out, block_scale, level if made is not None else False, keep_scales)
     return Result(out.T if call.transposed else out, scales, made)
 
 
@@ -368,7 +373,7 @@ def quantize_dequantize(
     """
     dtype = dtype or x.dtype
     _check(x, format, dtype)
-    return run(x, format, dtype, random, amax, out=out).values
+    return run(x, format, dtype, random, amax, out=out, keep_scales=False).values
 
 
 def quantize(

@@ -15,14 +15,20 @@ struct Element {
   float max, offset;  // offset: 0, or 1/2 for a mid-rise grid
 };
 
-template <bool STOCHASTIC, bool MASKED>
+enum Kind { ANY, FLOAT, MASKED };  // FLOAT: with zero, sign and at most six mantissa bits, so the quickest
+
+INLINE Kind kind(const Element& e) {
+  return e.masked ? MASKED : e.offset == 0 && !e.twos_complement && e.mantissa <= 6 ? FLOAT : ANY;
+}
+
+template <bool STOCHASTIC, Kind KIND>
 struct Rounder {
   const Element e;
   const bool shifted;  // a mid-rise grid
   U least, shift;  // patterns: of 2^E; of a factor 2^m (stochastic) or 2^(23-m)
   U carry, keep;  // stochastic: all but the threshold; the bits of the grid
   V max, offset;
-  explicit Rounder(const Element& element) : e(element), shifted(element.offset != 0) {
+  explicit Rounder(const Element& element) : e(element), shifted(KIND != FLOAT && element.offset != 0) {
     least = splat_bits((uint32_t)(127 + e.min_exponent) << 23);
     shift = splat_bits((uint32_t)(STOCHASTIC ? e.mantissa : 23 - e.mantissa) << 23);
     const uint32_t cut = 23 - (uint32_t)e.mantissa;
@@ -31,13 +37,14 @@ struct Rounder {
     max = splat(e.max - e.offset);
     offset = splat(e.offset);
   }
-  INLINE_MEMBER U threshold_bits(const uint16_t* random) const { return __builtin_convertvector(load_as<H>(random), U); }
+  INLINE_MEMBER U threshold_bits(const uint16_t* random) const { return widened(load_as<H>(random)); }
+  INLINE_MEMBER bool is_shifted() const { return KIND != FLOAT && shifted; }
 
   // |y| -> grid, less the offset.  `random`: W integers in [0, 65536); up with probability (|y| - low) / step, that is
   // iff (random + 1/2) / 65536 < (|y| - low) / step.  NaN becomes max.
   INLINE_MEMBER V magnitude(V y, const uint16_t* random) const {
     V a = floats(bits(y) & MAGNITUDE);
-    if constexpr (MASKED) {
+    if constexpr (KIND == MASKED) {
       const int cut = 23 - e.mantissa;
       const U u = bits(a), mask = splat_bits((1u << cut) - 1);
       if constexpr (!STOCHASTIC) {
@@ -48,12 +55,12 @@ struct Rounder {
       }
       return smallest(a, max);
     }
-    if (shifted) a = floats(bits(a - offset) & ~(U)((S)bits(a - offset) >> 31));
+    if (is_shifted()) a = floats(bits(a - offset) & ~(U)((S)bits(a - offset) >> 31));
     a = smallest(a, max);
 #if LOWPREC_AVX512
     // The same comparison as one integer addition whose carry decides.  Below 2^E the sum with 2^E has the grid's step;
     // rounding that sum up keeps the comparison exact, because every threshold lies on the fp32 grid of the sum.
-    if (STOCHASTIC && e.mantissa <= 6) {
+    if (STOCHASTIC && (KIND == FLOAT || e.mantissa <= 6)) {
       const __m512 base = (__m512)least, x = (__m512)a;
       const __mmask16 below = _mm512_cmp_ps_mask(x, base, _CMP_LT_OQ);
       const U t = (U)_mm512_mask_add_round_ps(x, below, x, base, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
@@ -74,19 +81,19 @@ struct Rounder {
   // The sign that the value of y bears: that of y, but two's complement has no negative zero.
   INLINE_MEMBER U sign(V y, V a) const {
     const U s = bits(y) & SIGN;
-    return e.twos_complement ? s & (U)(a != 0.f) : s;
+    return KIND != FLOAT && e.twos_complement ? s & (U)(a != 0.f) : s;
   }
   // The code of the value; 0 for NaN.
   INLINE_MEMBER U code(V y, V a) const {
     U index;
-    if constexpr (MASKED) index = bits(a) >> (23 - e.mantissa);
+    if constexpr (KIND == MASKED) index = bits(a) >> (23 - e.mantissa);
     else {
       const S below = a < floats(least);
       const U raised = bits(below ? a + floats(least) : a) >> (23 - e.mantissa);
       index = raised - ((uint32_t)(127 + e.min_exponent) << e.mantissa) + (~(U)below & (1u << e.mantissa));
     }
     const U negative = (U)((S)bits(y) >> 31), known = (U)(y == y);
-    if (e.twos_complement) return ((index ^ negative) - negative) & ((1u << e.bits) - 1) & known;
+    if (KIND != FLOAT && e.twos_complement) return ((index ^ negative) - negative) & ((1u << e.bits) - 1) & known;
     return (index | (negative & (1u << (e.bits - 1)))) & known;
   }
 };

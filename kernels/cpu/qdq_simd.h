@@ -46,6 +46,7 @@ INLINE V smallest(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
 INLINE U largest(U a, U b) { return (U)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 INLINE V floor_(V x) { return (V)_mm512_roundscale_ps((__m512)x, 9); }
 INLINE L product32(L a, L b) { return (L)_mm512_mul_epu32((__m512i)a, (__m512i)b); }  // of the low halves
+INLINE U widened(H x) { return (U)_mm512_cvtepu16_epi32((__m256i)x); }
 #elif LOWPREC_AVX2
 INLINE V splat(float x) { return (V)_mm256_set1_ps(x); }
 INLINE U splat_bits(uint32_t x) { return (U)_mm256_set1_epi32((int)x); }
@@ -53,6 +54,7 @@ INLINE V smallest(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
 INLINE U largest(U a, U b) { return (U)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 INLINE V floor_(V x) { return (V)_mm256_floor_ps((__m256)x); }
 INLINE L product32(L a, L b) { return (L)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+INLINE U widened(H x) { return (U)_mm256_cvtepu16_epi32((__m128i)x); }
 #else
 INLINE V splat(float x) { return x - V{}; }
 INLINE U splat_bits(uint32_t x) { return x - U{}; }
@@ -62,12 +64,13 @@ INLINE V floor_(V x) {  // x in [0, 2^31)
   return __builtin_convertvector(__builtin_convertvector(x, S), V);
 }
 INLINE L product32(L a, L b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+INLINE U widened(H x) { return __builtin_convertvector(x, U); }
 #endif
 
 template <class T> INLINE T load_as(const void* p) { T x; memcpy(&x, p, sizeof(T)); return x; }
 template <class T> INLINE void store_as(void* p, T x) { memcpy(p, &x, sizeof(T)); }
 INLINE V load(const float* p) { return load_as<V>(p); }
-INLINE V load(const uint16_t* p) { return floats(__builtin_convertvector(load_as<H>(p), U) << 16); }  // bf16
+INLINE V load(const uint16_t* p) { return floats(widened(load_as<H>(p)) << 16); }  // bf16
 
 // fp32 -> bf16, nearest even, in the upper half of each lane; by integers, so subnormals are kept.  A NaN must have an
 // empty lower half, as those of bf16 inputs and of arithmetic have.
@@ -162,7 +165,7 @@ template <int CHAINS> INLINE void philox(const Philox& p, const PhiloxKeys& keys
   }
 #pragma GCC unroll 10
   for (int round = 0; round < 10; round++)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int c = 0; c < CHAINS; c++) {
       const L p0 = product32(x0[c], m0), p1 = product32(x2[c], m1);
       x0[c] = (p1 >> 32) ^ x1[c] ^ splat64(keys.first[round]);
@@ -177,6 +180,6 @@ template <int CHAINS> INLINE void philox(const Philox& p, const PhiloxKeys& keys
 // At least n numbers; writes up to PHILOX_STEP - 1 more.
 INLINE void random_bits(const Philox& p, const PhiloxKeys& keys, uint64_t first, int64_t n, uint16_t* out) {
   int64_t k = 0;
-  for (; k + 2 * PHILOX_STEP < n; k += 3 * PHILOX_STEP) philox<3>(p, keys, first + (uint64_t)k / 8, out + k);
+  for (; k + 3 * PHILOX_STEP < n; k += 4 * PHILOX_STEP) philox<4>(p, keys, first + (uint64_t)k / 8, out + k);
   for (; k < n; k += PHILOX_STEP) philox<1>(p, keys, first + (uint64_t)k / 8, out + k);
 }

@@ -14,6 +14,7 @@
 #include "qdq_rotate.h"
 #include "qdq_round.h"
 
+constexpr int64_t PIECE = 4 * PHILOX_STEP;
 constexpr int64_t STREAM_BYTES = 8 << 20;  // results from this size on are written past the caches
 
 enum Output { VALUES_FP32, VALUES_BF16, CODES };
@@ -81,7 +82,6 @@ template <class T> static const float* read_tile(const Job& j, int64_t r, int64_
   const int64_t width = std::min(j.tile_columns, j.columns - c);
   if (sizeof(T) == 4 && j.tile_rows == 1 && !j.rotation.size && width == j.tile_columns) {
     const float* from = (const float*)j.x + r * j.columns + c;
-    for (int64_t k = 0; k < width; k += 16) __builtin_prefetch(from + width + k);  // the next tile
     return from;
   }
   for (int64_t i = 0; i < j.tile_rows; i++) {
@@ -166,7 +166,7 @@ INLINE void round_vector(const R& round, V x, V multiplier, V scale, V level, co
   const V y = x * multiplier, a = round.magnitude(y, noise);
   if constexpr (sizeof(O) == 1) store(to, round.code(y, a));
   else {
-    V v = (round.shifted ? a + round.offset : a) * scale;
+    V v = (round.is_shifted() ? a + round.offset : a) * scale;
     if constexpr (LEVEL) v *= level;
     v = floats(bits(smallest(splat(FLT_MAX_), v)) | round.sign(y, a));
     if (streams) stream(to, v);
@@ -176,7 +176,7 @@ INLINE void round_vector(const R& round, V x, V multiplier, V scale, V level, co
 
 // One row of a tile.  BLOCK: vectors in a block; 0: blocks of any number of vectors; -1: one scale a column.
 template <int BLOCK, bool LEVEL, class O, class R>
-INLINE void round_row(const R& round, const float* from, const Units u, const uint16_t* noise, int64_t n, int64_t width,
+INLINE void round_row(const R round, const float* from, const Units u, const uint16_t* noise, int64_t n, int64_t width,
                       O* to) {
   if constexpr (BLOCK < 0) {
     for (int64_t k = 0; k < n; k += W)
@@ -201,19 +201,30 @@ static void round_row_by(const R& round, const float* from, const Units& u, cons
   else round_row<0, LEVEL>(round, from, u, noise, n, width, to);
 }
 
-template <class O, bool STOCHASTIC, bool MASKED>
+template <class O, bool STOCHASTIC, Kind KIND>
 static void round_rows(const Job& j, int64_t r, int64_t c, const float* tile, int64_t rows, const Units& u,
                        int64_t block_width, Scratch& s) {
-  const Rounder<STOCHASTIC, MASKED> round(j.element);
+  const Rounder<STOCHASTIC, KIND> round(j.element);
   const int64_t width = std::min(j.tile_columns, j.columns - c);
+  const int64_t unit = block_width % W ? 1 : block_width, piece = std::max(unit, PIECE / unit * unit);
+  const bool in_place = tile != s.tile && j.tile_rows == 1;
   for (int64_t i = 0; i < std::min(rows, j.rows - r); i++) {
     const int64_t first = (r + i) * j.columns + c;
-    if (STOCHASTIC) random_bits(j.philox, s.keys, (uint64_t)first / 8, width + first % 8, s.noise);
     O* to = width < j.tile_columns ? (O*)s.row : (O*)j.out + first;
     const float* from = tile + i * j.tile_columns;
     const uint16_t* noise = s.noise + first % 8;
-    if (u.level) round_row_by<true>(round, from, u, noise, j.tile_columns, block_width, to);
-    else round_row_by<false>(round, from, u, noise, j.tile_columns, block_width, to);
+    for (int64_t k = 0; k < j.tile_columns; k += piece) {
+      const int64_t n = std::min(piece, j.tile_columns - k), b = k / unit;
+      if (in_place) for (int64_t l = k; l < k + n; l += 16) __builtin_prefetch(from + j.tile_columns + l);
+      if (STOCHASTIC) random_bits(j.philox, s.keys, (uint64_t)(first + k) / 8, n + first % 8, s.noise);
+      if (u.level) {
+        const Units v{u.multiplier + b, u.scale + b, u.level + b, u.streams};
+        round_row_by<true>(round, from + k, v, noise, n, block_width, to + k);
+      } else {
+        const Units v{u.multiplier + b, u.scale + b, nullptr, u.streams};
+        round_row_by<false>(round, from + k, v, noise, n, block_width, to + k);
+      }
+    }
     if (width < j.tile_columns) memcpy((O*)j.out + first, to, sizeof(O) * (size_t)width);
   }
 }
@@ -268,7 +279,7 @@ static void sum_runs(float* e, int64_t n, int64_t width, float* out) {
 // 4-over-6: every block takes the target whose values lie nearest to its elements; the first of equals.
 static void choose_targets(const Job& j, int64_t r, int64_t c, const float* tile, int64_t rows, int64_t width,
                            Scratch& s) {
-  const Rounder<false, false> round(j.element);
+  const Rounder<false, ANY> round(j.element);
   const int64_t n = j.tile_columns, blocks = n / width, stride = n + W;
   const bool two_level = j.scale.rule >= E4M3;
   if (two_level) j.whole.gather(r, c, width, blocks, j.columns, s.whole);
@@ -282,7 +293,7 @@ static void choose_targets(const Job& j, int64_t r, int64_t c, const float* tile
     for (int64_t i = 0; i < rows; i++)
       for (int64_t k = 0; k < n; k += W) {
         const V x = load(tile + i * n + k), y = x * load(multiplier + k), a = round.magnitude(y, nullptr);
-        V v = floats(bits((round.shifted ? a + round.offset : a)) | round.sign(y, a)) * load(scale + k);
+        V v = floats(bits((round.is_shifted() ? a + round.offset : a)) | round.sign(y, a)) * load(scale + k);
         if (two_level) v = v * load(whole + k) / j.scale.unit;
         const V d = v - x;
         store(s.errors + i * stride + k, j.scale.absolute ? floats(bits(d) & MAGNITUDE) : d * d);
@@ -305,7 +316,7 @@ static void choose_targets(const Job& j, int64_t r, int64_t c, const float* tile
   }
 }
 
-template <class T, class O, bool STOCHASTIC, bool MASKED>
+template <class T, class O, bool STOCHASTIC, Kind KIND>
 static void quantise_tile(const Job& j, int64_t r0, int64_t c, Scratch& s) {
   const float* matrix = read_tile<T>(j, r0, c, s.tile, (T*)s.row);
   if (j.rotation.size) rotate_tile(s.tile, (int)j.tile_rows, (int)j.tile_columns, j.rotation, s.factors, sizeof(T) == 2);
@@ -331,7 +342,7 @@ static void quantise_tile(const Job& j, int64_t r0, int64_t c, Scratch& s) {
       u = {spread(s.multiplier, blocks, width, s.unit_multiplier), spread(s.scale, blocks, width, s.unit_scale),
            level ? spread(s.level, blocks, width, s.unit_level) : nullptr, u.streams};
     }
-    round_rows<O, STOCHASTIC, MASKED>(j, r, c, tile, rows, u, width, s);
+    round_rows<O, STOCHASTIC, KIND>(j, r, c, tile, rows, u, width, s);
   }
 }
 

@@ -56,5 +56,5 @@ def quantized_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, call: 
     if call.policy.pad == "zero" and not call.recipe.counts_rows:
         x_TK = pad_to(x_TK, tokens + -tokens % TILE, x_TK.shape[1])  # once, not in every product
     y_TN = QuantizedLinearFunction.apply(x_TK, weight_NK, call)
-    y = y_TN[:tokens].view(*x.shape[:-1], weight_NK.shape[0])
+    y = (y_TN if y_TN.shape[0] == tokens else y_TN[:tokens]).view(*x.shape[:-1], weight_NK.shape[0])
     return y if bias_N is None else y + bias_N

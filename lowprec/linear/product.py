@@ -74,8 +74,9 @@ def product(
         out = turned(out.T, gemm.outer_a, call, f"{role}.a", inverse=True).T
     if gemm.outer_b:
         out = turned(out, gemm.outer_b, call, f"{role}.b", inverse=True)
-    out = _back_to_inputs(role, out, tensors, call)
-    return out[:rows_a, :rows_b]
+    if role != "fprop":
+        out = _back_to_inputs(role, out, tensors, call)
+    return out if out.shape == (rows_a, rows_b) else out[:rows_a, :rows_b]
 
 
 @dataclass(frozen=True)
@@ -199,8 +200,6 @@ def _scaled(chosen: Backend, a: Packed, b: Packed, gemm: Gemm, out_dtype: torch.
 def _back_to_inputs(role: str, out: Tensor, tensors: Mapping[str, Tensor], call: Call) -> Tensor:
     """dx or dw (rows, K) out of the forward's rotated space, masked by the gradient rule of the forward operand."""
     fprop = call.recipe.fprop
-    if role == "fprop":
-        return out
     wanted = "x" if role == "dgrad" else "w"  # whose gradient this is
     operand = fprop.a if wanted == "x" else fprop.b
     _, other = operand_of(role, "b", call)
@@ -214,7 +213,8 @@ def _back_to_inputs(role: str, out: Tensor, tensors: Mapping[str, Tensor], call:
     if is_turned:
         assert fprop.inner is not None
         out = turned(out, fprop.inner, call, "fprop", inverse=True)
-    return out[:, : tensors["w"].shape[1]]
+    columns = tensors["w"].shape[1]
+    return out if out.shape[1] == columns else out[:, :columns]
 
 
 def _gradient_mask(name: str, x: Tensor, operand: Operand, call: Call) -> Tensor:

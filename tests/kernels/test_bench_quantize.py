@@ -55,6 +55,13 @@ def test_wrong_bits_are_found(spoil: str, monkeypatch: pytest.MonkeyPatch, capsy
     assert "WRONG" in captured.out and "not the bits of the definition: mxfp4 nearest" in captured.err
 
 
+def test_formats_take_commas_and_spaces(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names separated either way, or both, are measured in the order given."""
+    assert bench_quantize.main([*ARGUMENTS, "--json", "--formats", "mxfp8,nvfp4", "mxfp4"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert list(dict.fromkeys(row["format"] for row in rows)) == ["mxfp8", "nvfp4", "mxfp4"]
+
+
 def test_unknown_format_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """A sentence with the valid names, exit code 2."""
     assert bench_quantize.main(["--formats", "nvfp5"]) == 2
