@@ -55,6 +55,8 @@ def local(command: str) -> list[str]:
     }
     if program in modules:
         return [sys.executable, "-m", modules[program], *words[1:]]
+    if program == "python":
+        return [sys.executable, *words[1:]]
     return [*words, f"PY={sys.executable}"] if program == "make" else words
 
 
@@ -142,6 +144,8 @@ HOW: dict[str, Callable[[str, Path], None]] = {
     "make quickstart": trains,
     "make check": is_this_run,
     "make bench": benches,
+    "python tools/bench_step.py --help": prints,
+    "python tools/bench_quantize.py --help": prints,
     "source .venv/bin/activate": is_set_up,
     "python3 -m venv .venv": is_set_up,
     ".venv/bin/pip install -e '.[gpu]'": is_set_up,
