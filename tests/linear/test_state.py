@@ -270,7 +270,9 @@ for step in range(6):
             states["a"].observe("x.amax", values[3], micro)  # seen by one rank only
     end_step(states, step)
 torch.save(state_dict(states), sys.argv[4] + f".{{rank}}")
-dist.destroy_process_group()
+from lowprec.parallel import end_process, stop_world
+stop_world()
+end_process(0)
 """
 
 

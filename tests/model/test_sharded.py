@@ -10,7 +10,7 @@ import datetime, sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from lowprec.model import ModelConfig, build
-from lowprec.parallel import end_process
+from lowprec.parallel import end_process, stop_world
 torch.set_num_threads(1)
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
 def config(tied):
@@ -49,6 +49,7 @@ seen = []
 mixed(x, ids)
 assert seen == [torch.bfloat16, torch.float32], seen
 print("same")
+stop_world()
 end_process(0)
 """
 
