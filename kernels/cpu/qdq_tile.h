@@ -14,7 +14,7 @@
 #include "qdq_rotate.h"
 #include "qdq_round.h"
 
-constexpr int64_t PIECE = 4 * PHILOX_STEP;
+constexpr int64_t PIECE = 4 * PHILOX_STEP;  // columns of a row whose random bits are made at once
 constexpr int64_t STREAM_BYTES = 8 << 20;  // results from this size on are written past the caches
 
 enum Output { VALUES_FP32, VALUES_BF16, CODES };
@@ -96,10 +96,7 @@ template <class T> static const float* read_tile(const Job& j, int64_t r, int64_
       memcpy(edge, from, sizeof(T) * (size_t)width);
       from = edge;
     }
-    for (int64_t k = 0; k < j.tile_columns; k += 64 / (int64_t)sizeof(T)) {
-      __builtin_prefetch(from + j.tile_columns + k);  // the next tile
-      for (int64_t i = k; i < k + 64 / (int64_t)sizeof(T) && i < j.tile_columns; i += W) store(to + i, load(from + i));
-    }
+    for (int64_t k = 0; k < j.tile_columns; k += W) store(to + k, load(from + k));
   }
   return tile;
 }
@@ -174,7 +171,8 @@ INLINE void round_vector(const R& round, V x, V multiplier, V scale, V level, co
   }
 }
 
-// One row of a tile.  BLOCK: vectors in a block; 0: blocks of any number of vectors; -1: one scale a column.
+// One row of a tile; `round` is a copy, which stays in registers.  BLOCK: vectors in a block; 0: blocks of any number of
+// vectors; -1: one scale a column.
 template <int BLOCK, bool LEVEL, class O, class R>
 INLINE void round_row(const R round, const float* from, const Units u, const uint16_t* noise, int64_t n, int64_t width,
                       O* to) {
@@ -206,17 +204,19 @@ static void round_rows(const Job& j, int64_t r, int64_t c, const float* tile, in
                        int64_t block_width, Scratch& s) {
   const Rounder<STOCHASTIC, KIND> round(j.element);
   const int64_t width = std::min(j.tile_columns, j.columns - c);
+  // Piece by piece: reading ahead, making random bits, rounding and writing alternate, so memory is always busy.
   const int64_t unit = block_width % W ? 1 : block_width, piece = std::max(unit, PIECE / unit * unit);
-  const bool in_place = tile != s.tile && j.tile_rows == 1;
+  const int64_t size = j.bf16 ? 2 : 4;
   for (int64_t i = 0; i < std::min(rows, j.rows - r); i++) {
     const int64_t first = (r + i) * j.columns + c;
     O* to = width < j.tile_columns ? (O*)s.row : (O*)j.out + first;
     const float* from = tile + i * j.tile_columns;
-    const uint16_t* noise = s.noise + first % 8;
+    const char* next = (const char*)j.x + (first + j.tile_columns) * size;  // where the next tile lies
     for (int64_t k = 0; k < j.tile_columns; k += piece) {
-      const int64_t n = std::min(piece, j.tile_columns - k), b = k / unit;
-      if (in_place) for (int64_t l = k; l < k + n; l += 16) __builtin_prefetch(from + j.tile_columns + l);
-      if (STOCHASTIC) random_bits(j.philox, s.keys, (uint64_t)(first + k) / 8, n + first % 8, s.noise);
+      const int64_t n = std::min(piece, j.tile_columns - k), b = k / unit, at = first + k;
+      const uint16_t* noise = s.noise + at % 8;
+      for (int64_t l = k * size; l < (k + n) * size; l += 64) __builtin_prefetch(next + l, 0, 2);
+      if (STOCHASTIC) random_bits(j.philox, s.keys, (uint64_t)at / 8, n + at % 8, s.noise);
       if (u.level) {
         const Units v{u.multiplier + b, u.scale + b, u.level + b, u.streams};
         round_row_by<true>(round, from + k, v, noise, n, block_width, to + k);

@@ -34,6 +34,7 @@ MORE = [
     Format("choose", "e3m2", (4, 8), "fp32", targets=(28, 20, 16)),
     Format("odd", "e2m1", (3, 24), "fp32"),
     Format("short", "e2m1", (1, 8), "e8m0"),
+    Format("dozen", "e2m1", (1, 12), "fp32"),
 ]
 ALL = {f.name: f for f in [*FORMATS.values(), *MORE] if qdq.refuses(f) is None}
 
@@ -115,7 +116,8 @@ def test_other_instruction_sets_give_the_same_bits(march: str) -> None:
     if library is None:
         pytest.skip(reason)
     assert library.lowprec_qdq_lanes() == {"x86-64": 4, "haswell": 8}[march]
-    for name in ("nvfp4", "nvfp4_2d", "mxfp8", "fp8_128x128", "int8_row", "nvfp4_46", "e8m3_bf16", "midrise4", "short"):
+    names = ("nvfp4", "nvfp4_2d", "mxfp8", "fp8_128x128", "int8_row", "nvfp4_46", "e8m3_bf16", "midrise4", "short")
+    for name in (*names, "dozen"):
         for x in (awkward(torch.bfloat16), broken(torch.float32).T):
             for rounding in roundings(ALL[name]):
                 for dtype in qdq.DTYPES:

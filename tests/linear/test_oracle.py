@@ -28,6 +28,21 @@ def nearest(gemm):
     )
 
 
+@pytest.mark.parametrize("name", ["fp8_tensorwise", "fp8_blockwise", "fp8_blockwise_pow2"])
+def test_fp8_products_equal_the_reference(name):
+    """Within the order of an fp32 sum of the same operands; bit for bit with power-of-two scales."""
+    golden = Path(__file__).parent.parent / "golden"
+    inputs, outputs = load_file(golden / "nvfp4_gemm.safetensors"), load_file(golden / "fp8_gemm.safetensors")
+    for role, out in (("fprop", "y"), ("dgrad", "dx"), ("wgrad", "dw")):
+        a, b = operands(role, inputs["x"], inputs["w"], inputs["dy"])
+        qa, qb = oracle.prepare_both(a, b, getattr(load_recipe(name), role), Stream(), role)
+        result, expected = oracle.multiply(qa, qb)[:32], outputs[f"{name}.{out}"]
+        exact = [(q.blockscaled() * q.tensor_scale).double().abs() for q in (qa, qb)]
+        bound = 2 * a.shape[1] * 2.0**-24 * (exact[0] @ exact[1].T)[:32]
+        assert ((result.double() - expected.double()).abs() <= bound).all(), role
+        assert name != "fp8_blockwise_pow2" or torch.equal(result, expected), role
+
+
 def test_nvfp4_products_equal_the_reference():
     """dx and dw bit for bit; y to one fp32 ulp, because the reference multiplies the tensor scales in another order."""
     golden = load_file(Path(__file__).parent.parent / "golden" / "nvfp4_gemm.safetensors")
