@@ -169,5 +169,5 @@ def test_a_refusal_is_said_once_in_words():
     """The C++ kernels do not know IF4: the plan says so in one line, however many layers and products it concerns."""
     node = {"linear": {"if4": {"fprop": {"x": "if4", "w": "if4"}, "dgrad": {"dy": "if4", "w": "if4"}}}}
     plan = Plan.of(Model(3), load_precision({**node, "rules": [{"match": "*", "recipe": "if4"}]}))
-    notes = [line for line in plan.table(tokens=64).splitlines() if line.startswith("note:")]
-    assert len(notes) == 1 and notes[0].startswith("note: cpu_portable computes instead of cpu: ") and "if4" in notes[0]
+    notes = [line for line in plan.table(tokens=64).splitlines() if "computes instead of cpu: " in line]
+    assert len(notes) == 1 and notes[0].startswith("note: ") and "if4" in notes[0]
