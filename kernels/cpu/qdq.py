@@ -160,7 +160,7 @@ class _Call:
         library, reason = load(march)
         if library is None:
             raise RuntimeError(reason)
-        self.library, self.x, self.format, self.job = library, x, format, _Job()
+        self.compiled, self.x, self.format, self.job = library, x, format, _Job()
         self.memory, self.transposed = layout(x)
         self.keep: list[Tensor] = [self.memory]
         job, element = self.job, format.element_type
@@ -206,10 +206,10 @@ class _Call:
     def sizes(self, block: tuple[int, int]) -> Tensor:
         """Largest magnitude of every block (0 = the whole axis), (R, C) fp32; NaN where one is not finite."""
         if block == (0, 0) and not self.job.rotation.size:
-            return torch.full((1, 1), self.library.lowprec_qdq_size(ctypes.byref(self.job)))
+            return torch.full((1, 1), self.compiled.lowprec_qdq_size(ctypes.byref(self.job)))
         sizes, self.job.sizes = self._new_grid(block)
         self._blocks(block)
-        self.library.lowprec_qdq_sizes(ctypes.byref(self.job))
+        self.compiled.lowprec_qdq_sizes(ctypes.byref(self.job))
         return sizes
 
     def prepare(self, amax: Tensor | None) -> Tensor | None:
@@ -279,7 +279,7 @@ class _Call:
             job.stochastic = True
             job.philox.key[:] = stream.key(key)
             job.philox.counter[:] = (stream.step & 0xFFFFFFFF, stream.micro & 0xFFFFFFFF)
-        self.library.lowprec_qdq(ctypes.byref(job))
+        self.compiled.lowprec_qdq(ctypes.byref(job))
         return scales
 
 
