@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             print(plan.table(run.train.micro_batch * run.data.seq_len) if is_first else "")
             return 0
         check(run)
-        session = open_session(run, start_world(run.parallel.timeout_s))
+        session = open_session(run, start_world(run.parallel))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         stop_world()
         if is_first:

@@ -106,7 +106,7 @@ def load(config: DictConfig) -> Run:
         raise ValueError(f"train.global_batch={t.global_batch} is not a multiple of train.micro_batch={t.micro_batch}")
     if run.data.seq_len > run.model.max_seq_len:
         raise ValueError(f"data.seq_len={run.data.seq_len} is longer than model.max_seq_len={run.model.max_seq_len}")
-    if run.precision.get("save") == "codes" and run.parallel.recompute is not Recompute.none:
+    if run.precision.get("save") == "codes" and run.parallel.recompute is Recompute.full:
         raise ValueError(
             "precision.save=codes and parallel.recompute=full: recomputation keeps no inputs, so their codes would be "
             "kept in addition; choose one of the two"
@@ -114,14 +114,16 @@ def load(config: DictConfig) -> Run:
     return run
 
 
-def check_world(run: Run, size: int) -> None:
-    """Raises ValueError if the micro-batches of a step cannot be dealt out evenly to `size` ranks."""
-    micros = run.train.global_batch // run.train.micro_batch
-    if micros % size:
+def check_world(run: Run, ranks: int) -> None:
+    """Raises ValueError if so many ranks cannot be laid out, or the micro-batches of a step not be dealt out evenly."""
+    sizes = run.parallel.sizes(ranks)
+    data, t = sizes["replicate"] * sizes["shard"], run.train
+    micros = t.global_batch // t.micro_batch
+    if micros % data:
         raise ValueError(
-            f"a step has {micros} micro-batches (train.global_batch={run.train.global_batch} / "
-            f"train.micro_batch={run.train.micro_batch}), which {size} ranks cannot share evenly: "
-            f"make it a multiple of {size}, e.g. train.global_batch={run.train.micro_batch * size * -(-micros // size)}"
+            f"a step has {micros} micro-batches (train.global_batch={t.global_batch} / "
+            f"train.micro_batch={t.micro_batch}), which {data} data-parallel ranks cannot share evenly: "
+            f"make it a multiple of {data}, e.g. train.global_batch={t.micro_batch * data * -(-micros // data)}"
         )
 
 

@@ -6,17 +6,15 @@ Each step runs the whole sequence again (no cache of keys and values): made for 
 touches neither the model's mode nor its precision: wrap the call in `plan.high_precision()` to sample in bf16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .transformer import Transformer
-
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    next_logits: Callable[[list[int]], Tensor],
     prompt: Sequence[int],
     max_new_tokens: int,
     *,
@@ -24,12 +22,15 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     stop_token: int | None = None,
+    max_seq_len: int | None = None,
 ) -> list[int]:
     """The new tokens that follow `prompt` (at least one token), at most max_new_tokens of them.
 
+    next_logits: tokens so far -> (vocabulary,) logits of the next, such as `Engine.next_logits`, or
+    `lambda tokens: model(torch.tensor([tokens]))[0, -1]`.
     temperature 0 takes the most likely token. top_k None = the whole vocabulary. stop_token ends the text and is not
-    returned. The model sees at most its last max_seq_len tokens. Sampling is fp32 on the CPU with a generator of its
-    own, so the ranks of a sharded model, which must all call this, draw the same tokens and stay in step. Raises
+    returned. It sees at most the last max_seq_len tokens (None = all). Sampling is fp32 on the CPU with a generator of
+    its own, so the ranks of a sharded model, which must all call this, draw the same tokens and stay in step. Raises
     ValueError for an empty prompt, a negative temperature or a top_k below 1.
     """
     if not prompt:
@@ -38,11 +39,10 @@ def generate(
         raise ValueError(f"temperature is {temperature}: it must be 0 (most likely token) or positive.")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}: it must be at least 1, or None for the whole vocabulary.")
-    device, limit = model.embed.weight.device, model.config.max_seq_len
     generator = torch.Generator("cpu").manual_seed(seed)
     tokens = list(prompt)
     for _ in range(max_new_tokens):
-        logits_V = model(torch.tensor([tokens[-limit:]], device=device))[0, -1].float().cpu()
+        logits_V = next_logits(tokens[-(max_seq_len or len(tokens)) :]).float().cpu()
         token = _sample(logits_V, temperature, top_k, generator)
         if token == stop_token:
             break

@@ -16,13 +16,16 @@ means: the caller divides by the number of targets of the whole step, whichever 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # target of a token that is not counted
 
 
-def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    logits_BTV: Tensor, targets_BT: Tensor, z_loss: float = 0.0, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """Summed losses of a batch -> (loss_sum, z_sum), fp32 scalars; train on their sum, report the first.
 
     logits_BTV: any float dtype. targets_BT: int64 in [0, V), or -100 to leave a token out of both sums.

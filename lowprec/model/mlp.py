@@ -5,6 +5,8 @@
 Both in the dtype of x; no biases.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,17 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False, dtype=torch.float32)
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False, dtype=torch.float32)
 
+        self.activate: Callable[..., Tensor] = _swiglu if self.gated else _relu2
+
     def forward(self, x_BTC: Tensor) -> Tensor:
         if self.gated:
-            return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
-        return self.down_proj(F.relu(self.up_proj(x_BTC)).square())
+            return self.down_proj(self.activate(self.gate_proj(x_BTC), self.up_proj(x_BTC)))
+        return self.down_proj(self.activate(self.up_proj(x_BTC)))
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _relu2(up: Tensor) -> Tensor:
+    return F.relu(up).square()

@@ -16,6 +16,7 @@ Build it on the meta device, lay the plan and the sharding over it, then give it
 """
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False, dtype=torch.float32)
         self._tie()
+        self.part: Callable[[Tensor, int], Tensor] = whole  # context parallel: this rank's tokens of an axis
 
     def _tie(self) -> None:
         if self.config.tie_embeddings:
@@ -102,16 +104,33 @@ class Transformer(nn.Module):
         document begins, attention does not look back across it and positions restart. Returns logits_BTV in the
         compute dtype. Raises ValueError if T exceeds max_seq_len.
         """
+        context = self.context(tokens_BT, document_ids_BT)
+        x_BTC = self.begin(tokens_BT)
+        for layer in self.layers:
+            x_BTC = layer(x_BTC, context)
+        return self.end(x_BTC)
+
+    def context(self, tokens_BT: Tensor, document_ids_BT: Tensor | None) -> Context:
+        """What every block of one forward shares; needs the whole rows, and no parameters. Errors as `forward`."""
         if tokens_BT.shape[1] > self.config.max_seq_len:
             raise ValueError(
                 f"The sequence has {tokens_BT.shape[1]} tokens but model.max_seq_len is {self.config.max_seq_len}: "
                 "shorten data.seq_len or raise model.max_seq_len."
             )
-        context = Context.of(self.config, tokens_BT, document_ids_BT, self.dtype)
-        x_BTC = self.embed(tokens_BT).to(self.dtype)
-        for layer in self.layers:
-            x_BTC = layer(x_BTC, context)
+        return Context.of(self.config, tokens_BT, document_ids_BT, self.dtype)
+
+    def begin(self, tokens_BT: Tensor) -> Tensor:
+        """What the first block gets: tokens_BT (int64, whole rows) -> x_BTC of this rank's tokens, in `dtype`."""
+        return self.embed(self.part(tokens_BT, 1)).to(self.dtype)
+
+    def end(self, x_BTC: Tensor) -> Tensor:
+        """The last block's output -> logits_BTV."""
         return self.lm_head(self.norm(x_BTC))
+
+
+def whole(x: Tensor, axis: int) -> Tensor:
+    """x: every rank has all the tokens."""
+    return x
 
 
 def build(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Transformer:

@@ -1,8 +1,8 @@
 """Everything that is done to a model to run it on several processes, on one page and in the order it must happen.
 
-    recompute -> fully_shard each block -> fully_shard the rest -> materialise
+    tensor -> context parallel -> recompute -> compile -> pipeline stages -> fully_shard -> codecs -> materialise
 
-- The plan was applied before (on the meta device), so what is sharded are the parameters of quantised layers.
+- The plan was applied before (on the meta device), so what is cut and sharded are the parameters of quantised layers.
 - Parameters stay fp32: they are the master weights. FSDP2 gathers those of a block as `dtype` copies (`param_dtype`)
   and sums gradients in fp32 (`reduce_dtype`), also between micro-batches. The root (embedding, last norm, head) is
   gathered in fp32: in bf16 the gradient of a frequent token would be a bf16 sum of thousands of rows.
@@ -12,45 +12,62 @@
   layer).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from lowprec.linear import Plan
+from lowprec.model.transformer import Block, Transformer
 from lowprec.parallel.config import ParallelConfig, Recompute
+from lowprec.parallel.engine import Engine
 from lowprec.parallel.mesh import World
+
+MakeOptimizer = Callable[[nn.Module], Optimizer]
 
 
 def parallelize(
-    model: nn.Module, blocks: Iterable[nn.Module], world: World, config: ParallelConfig, dtype: torch.dtype
-) -> None:
-    """Shards `model` (on the meta device) over `world` in place and gives it uninitialised memory there.
+    model: Transformer,
+    plan: Plan,
+    world: World,
+    config: ParallelConfig,
+    dtype: torch.dtype,
+    make_optimizer: MakeOptimizer,
+) -> Engine:
+    """Lays `model` (on the meta device, `plan` applied) over `world` and gives it uninitialised memory there.
 
-    `blocks` are the units that are gathered and recomputed together (the transformer blocks). The caller initialises
-    the parameters afterwards, from a seed or from a checkpoint.
+    The caller fills the parameters afterwards, from a seed or from a checkpoint.
     """
-    blocks = list(blocks)
-    if config.recompute is Recompute.full:
-        for block in blocks:
-            again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-            block.forward = again
+    recompute(model, config.recompute)
+    shard(model, list(model.layers), world, config, dtype)
+    model.to_empty(device=world.device)
+    return Engine(model, make_optimizer(model), world, plan.clock)
+
+
+def recompute(model: Transformer, how: Recompute) -> None:
+    """Wraps what is computed again in the backward pass."""
+    again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for block in model.layers:
+        assert isinstance(block, Block)
+        if how is Recompute.full:
+            block.forward = again(block.forward)  # type: ignore[method-assign]
+        elif how is Recompute.selective:
+            block.attn.core = again(block.attn.core)
+            block.mlp.activate = again(block.mlp.activate)
+
+
+def shard(root: nn.Module, blocks: list[nn.Module], world: World, config: ParallelConfig, dtype: torch.dtype) -> None:
+    """FSDP2 over shard x cp: each block is gathered by itself, and what is left of `root` together."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+        fully_shard(block, mesh=world.fsdp, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     root_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(model, mesh=world.mesh, mp_policy=root_policy, reshard_after_forward=False)
-    for module in model.modules():
+    fully_shard(root, mesh=world.fsdp, mp_policy=root_policy, reshard_after_forward=False)
+    for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
-    model.to_empty(device=world.device)
-
-
-def accumulate(model: nn.Module, is_last: bool) -> None:
-    """Says whether the next backward pass is the step's last: only that one sums over ranks and frees weights."""
-    assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(is_last)
-    model.set_reshard_after_backward(is_last)

@@ -32,21 +32,22 @@ def validation_loss(session: Session, stop: Stop, high_precision: bool) -> float
     Ranks take the batches in turn. Sums are gathered per batch and added in batch order, so the number of ranks does
     not change the result.
     """
-    model, plan, world, batches = session.state.model, session.plan, session.world, session.data.validation
+    engine, plan, world, batches = session.state.engine, session.plan, session.world, session.data.validation
+    data_rank, data_size = world.data
     sums_N2 = torch.zeros(len(batches), 2, dtype=torch.float64, device=world.device)  # (loss sum, targets) per batch
     with plan.high_precision() if high_precision else nullcontext():
-        for first in range(0, len(batches), world.size):
+        for first in range(0, len(batches), data_size):
             if stop.poll(world):
                 return None
-            mine = first + world.rank
+            mine = first + data_rank
             batch = batches[min(mine, len(batches) - 1)]  # a rank without a batch still takes part in the gathers
             plan.clock.micro = mine
-            targets_BT = batch.targets.to(world.device)
-            ids_BT = None if batch.document_ids is None else batch.document_ids.to(world.device)
-            logits_BTV = model(batch.tokens.to(world.device), ids_BT)
-            loss_sum, _ = cross_entropy(logits_BTV, targets_BT)
-            if mine < len(batches):
-                sums_N2[mine] = torch.stack([loss_sum.double(), (targets_BT != IGNORED).sum().double()])
+            logits_BTV = engine.logits(batch)
+            if logits_BTV is not None:
+                targets_BT = engine.part(batch.targets)
+                loss_sum, _ = cross_entropy(logits_BTV, targets_BT, group=engine.vocab)
+                if mine < len(batches) and world.counts_loss:
+                    sums_N2[mine] = torch.stack([loss_sum.double(), (targets_BT != IGNORED).sum().double()])
     if world.size > 1:
         dist.all_reduce(sums_N2)
     loss_sum, num_targets = sums_N2.sum(0).tolist()

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from lowprec.config import to_dict
 from lowprec.data import Step
 from lowprec.model import cross_entropy, generate
 from lowprec.optim import learning_rate
-from lowprec.parallel import accumulate
 from lowprec.train.evaluate import validation_losses
 from lowprec.train.guard import Diverged, Guard
 from lowprec.train.metrics import MetricsLog, Record, peak_memory_bytes
@@ -123,13 +121,10 @@ def train_step(session: Session) -> Done:
     plan.at(state.step / t.steps)
     plan.clock.step = state.step
     loss = forward_backward(session, batch)
-    grad_norm = clip_gradients(state.model, t.clip_norm)
+    grad_norm = state.engine.clip(t.clip_norm)
     lr = learning_rate(state.step, t.steps, run.schedule, run.optim.lr)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
     state.oscillation.before_update(state.step)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    state.engine.update(lr)
     finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
     plan.end_step(state.step, accept=finite)
     reset = state.oscillation.after_update(state.step)
@@ -145,35 +140,19 @@ def forward_backward(session: Session, batch: Step) -> torch.Tensor:
     Losses are collected per micro-batch and added in their global order, so the number of ranks does not change the
     sum.
     """
-    t, model, device = session.run.train, session.state.model, session.world.device
-    losses_M = torch.zeros(t.global_batch // t.micro_batch, device=device)
-    for i, (micro, part) in enumerate(batch.micros):
-        session.plan.clock.micro = micro
-        accumulate(model, is_last=i == len(batch.micros) - 1)
-        logits_BTV = model(part.tokens.to(device), None if part.document_ids is None else part.document_ids.to(device))
-        loss_sum, z_sum = cross_entropy(logits_BTV, part.targets.to(device), t.z_loss)
-        ((loss_sum + z_sum) / batch.num_targets).backward()
-        losses_M[micro] = loss_sum.detach()
-    if session.world.size > 1:
+    t, engine, world = session.run.train, session.state.engine, session.world
+    losses_M = torch.zeros(t.global_batch // t.micro_batch, device=world.device)
+
+    def loss(micro: int, logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        loss_sum, z_sum = cross_entropy(logits_BTV, targets_BT, t.z_loss, engine.vocab)
+        if world.counts_loss:
+            losses_M[micro] += loss_sum.detach()
+        return (loss_sum + z_sum) / batch.num_targets
+
+    engine.backward(batch.micros, loss)
+    if world.size > 1:
         dist.all_reduce(losses_M)
     return losses_M.sum() / batch.num_targets
-
-
-def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
-    """Scales all gradients so that their common L2 norm is at most `max_norm` (0 = any); returns the norm before.
-
-    Squares are summed along rows in fp32 and over rows in fp64. Shards are whole rows, so the sum does not depend on
-    the number of ranks; torch's own norm does, from the fourth digit on (CPU, fp32), and through the clipping so
-    would the run.
-    """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    square = torch.stack([(g.square().sum(-1) if g.ndim > 1 else g.square()).double().sum() for g in shards]).sum()
-    dist.all_reduce(square)
-    norm = square.sqrt().float()
-    if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    return norm
 
 
 def sample(session: Session) -> str:
@@ -182,8 +161,8 @@ def sample(session: Session) -> str:
     session.plan.clock.micro = 0
     prompt = tokenizer.encode(t.sample_prompt) or [tokenizer.eos_id]
     text = generate(
-        session.state.model, prompt, t.sample_tokens, temperature=0.7, top_k=40, seed=session.run.seed,
-        stop_token=tokenizer.eos_id,
+        session.state.engine.next_logits, prompt, t.sample_tokens, temperature=0.7, top_k=40, seed=session.run.seed,
+        stop_token=tokenizer.eos_id, max_seq_len=session.run.model.max_seq_len,
     )  # fmt: skip
     return f"--- sample after {session.state.step} steps ---\n{t.sample_prompt}{tokenizer.decode(text)}\n---"
 

@@ -4,6 +4,7 @@ All that a user can get wrong is found in here and raised as a ValueError, on ev
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,17 +75,18 @@ def open_session(run: Run, world: World) -> Session | None:
     refuse_other_data(folder, world, data.fingerprint, run.run.allow_change)
 
     model, plan = plan_model(run)
-    parallelize(model, model.layers, world, run.parallel, DTYPES[t.dtype])
-    loader = Loader(data.train, run.data.seq_len, t.global_batch, t.micro_batch, world.rank, world.size, run.seed)
+    make_optimizer = partial(build_optimizer, config=run.optim)
+    engine = parallelize(model, plan, world, run.parallel, DTYPES[t.dtype], make_optimizer)
+    loader = Loader(data.train, run.data.seq_len, t.global_batch, t.micro_batch, *world.data, run.seed)
     oscillation = Oscillation(plan, t.steps, DTYPES[t.dtype])
-    state = TrainState(model, build_optimizer(model, run.optim), loader, plan, oscillation)
+    state = TrainState(engine, loader, plan, oscillation)
     checkpoints = Checkpoints(folder.checkpoints, world, t.keep_last, t.keep_every, t.checkpoint_async)
     checkpoints.clean()
     if done:
         if missing := checkpoints.load(state, done):
             narrator.say(f"the checkpoint does not hold {len(missing)} of the recipe's memories, which begin anew")
     else:
-        model.init_weights(run.seed)
+        engine.init_weights(run.seed)
 
     table = plan.table(t.micro_batch * run.data.seq_len, DTYPES[t.dtype], world.device)
     if world.is_first:

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lowprec.data import Loader
 from lowprec.linear import Plan
-from lowprec.model import Transformer
+from lowprec.parallel import Engine
 from lowprec.train.oscillation import Oscillation
 
 OPTIONAL = ("precision/", "oscillation/")
@@ -30,8 +29,7 @@ OPTIONAL = ("precision/", "oscillation/")
 class TrainState:
     """Implements torch's `Stateful`. Tensors stay sharded, so a checkpoint loads on any number of ranks."""
 
-    model: Transformer
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     loader: Loader
     plan: Plan
     oscillation: Oscillation
@@ -40,21 +38,15 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """{"model": ..., "optim": ..., "progress": JSON text}, the first two by parameter name, and OPTIONAL keys."""
-        model, optim = get_state_dict(self.model, self.optimizer)
         progress = {"step": self.step, "tokens": self.tokens, "loader": self.loader.state_dict()}
-        state: dict[str, Any] = {"model": model, "optim": optim, "progress": json.dumps(progress)}
+        state: dict[str, Any] = self.engine.state_dict() | {"progress": json.dumps(progress)}
         state |= {f"precision/{key}": tensor for key, tensor in self.plan.state_dict().items()}
         return state | {f"oscillation/{key}": tensor for key, tensor in self.oscillation.state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse; memories that are missing stay as they are, an open window of which anything is missing is given up.
         The window must be there already: `oscillation.reopen`."""
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state_dict["model"],
-            optim_state_dict=state_dict["optim"],
-        )
+        self.engine.load_state_dict(state_dict)
         progress = json.loads(state_dict["progress"])
         self.step, self.tokens = progress["step"], progress["tokens"]
         self.loader.load_state_dict(progress["loader"])

@@ -108,7 +108,7 @@ def test_a_name_that_would_hide_a_shipped_file_is_refused(capsys, tmp_path: Path
 def test_ranks_that_cannot_share_a_step_are_told(capsys, monkeypatch) -> None:
     """Two micro-batches on three ranks: the sentence gives a batch that would do. Other ranks stay silent."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "3 ranks cannot share evenly: make it a multiple of 3, e.g. train.global_batch=12" in sentence(
+    assert "3 data-parallel ranks cannot share evenly: make it a multiple of 3, e.g. train.global_batch=12" in sentence(
         capsys, "recipe=nvfp4_tiny"
     )
     monkeypatch.setenv("RANK", "1")

@@ -6,6 +6,12 @@ import torch
 from lowprec.model import ModelConfig, build, generate
 
 
+def sample(model, prompt, max_new_tokens, **options):
+    return generate(
+        lambda tokens: model(torch.tensor([tokens]))[0, -1], prompt, max_new_tokens, max_seq_len=8, **options
+    )
+
+
 @pytest.fixture
 def model():
     model = build(
@@ -18,10 +24,10 @@ def model():
 
 def test_same_seed_same_text(model):
     """The seed alone decides, not the global generator; another seed gives another text."""
-    first = generate(model, [1, 2], 20, seed=5)
+    first = sample(model, [1, 2], 20, seed=5)
     torch.rand(3)
-    assert first == generate(model, [1, 2], 20, seed=5)
-    assert first != generate(model, [1, 2], 20, seed=6)
+    assert first == sample(model, [1, 2], 20, seed=5)
+    assert first != sample(model, [1, 2], 20, seed=6)
     assert len(first) == 20 and all(0 <= t < 32 for t in first)
 
 
@@ -30,8 +36,8 @@ def test_temperature_zero_is_the_argmax_of_the_last_window(model):
     text = [3]
     for _ in range(15):
         text.append(int(model(torch.tensor([text[-8:]]))[0, -1].argmax()))
-    assert generate(model, [3], 15, temperature=0) == text[1:]
-    assert generate(model, [3], 15, top_k=1, seed=9) == text[1:]
+    assert sample(model, [3], 15, temperature=0) == text[1:]
+    assert sample(model, [3], 15, top_k=1, seed=9) == text[1:]
 
 
 def test_frequencies_follow_the_softmax(model):
@@ -41,7 +47,7 @@ def test_frequencies_follow_the_softmax(model):
     p = (values / 0.7).softmax(-1)
     n = 1500
     counts = torch.bincount(
-        torch.tensor([generate(model, [4], 1, temperature=0.7, top_k=5, seed=s)[0] for s in range(n)]), minlength=32
+        torch.tensor([sample(model, [4], 1, temperature=0.7, top_k=5, seed=s)[0] for s in range(n)]), minlength=32
     )
     assert counts.sum() == counts[indices].sum() == n
     assert ((counts[indices] / n - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all()
@@ -49,15 +55,15 @@ def test_frequencies_follow_the_softmax(model):
 
 def test_stop_token_ends_the_text(model):
     """The text ends before the stop token, which is not returned."""
-    text = generate(model, [1], 20, seed=1)
+    text = sample(model, [1], 20, seed=1)
     stop = text[6]
-    assert generate(model, [1], 20, seed=1, stop_token=stop) == text[: text.index(stop)]
+    assert sample(model, [1], 20, seed=1, stop_token=stop) == text[: text.index(stop)]
 
 
 def test_the_model_is_left_alone(model):
     """Training mode stays, and no graph or gradient is made."""
     model.train()
-    generate(model, [1], 3)
+    sample(model, [1], 3)
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
@@ -69,4 +75,4 @@ def test_mistakes_are_named(model):
         ({"top_k": 0}, "top_k is 0"),
     ):
         with pytest.raises(ValueError, match=words):
-            generate(model, **({"prompt": [1], "max_new_tokens": 1} | arguments))
+            sample(model, **({"prompt": [1], "max_new_tokens": 1} | arguments))

@@ -139,7 +139,7 @@ def test_a_poisoned_step_is_not_remembered(train, tmp_path: Path, monkeypatch) -
         seen.append({k: t.clone() for k, t in session.state.state_dict().items() if k.startswith("precision/")})
         if session.state.step == 3:
             with torch.no_grad():
-                session.state.model.layers[0].attn.q_proj.weight.to_local()[0, 0] = torch.nan
+                session.state.engine.model.layers[0].attn.q_proj.weight.to_local()[0, 0] = torch.nan
         if session.state.step == 4:
             raise KeyboardInterrupt
         return forward_backward(session, batch)
