@@ -15,10 +15,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lowprec.comm import CommConfig
 from lowprec.data import DataConfig
 from lowprec.model import ModelConfig
 from lowprec.optim import OptimConfig, ScheduleConfig
-from lowprec.parallel import ParallelConfig, Recompute
+from lowprec.parallel import EngineKind, ParallelConfig, Recompute
 
 
 class ComputeDtype(Enum):
@@ -32,6 +33,28 @@ class WandbMode(Enum):
     online = "online"
     offline = "offline"
     disabled = "disabled"
+
+
+class GuardAction(Enum):
+    """What is done about a step that is not sound (see :mod:`lowprec.train.guard`)."""
+
+    keep = "keep"
+    skip = "skip"
+    rollback = "rollback"
+    raise_precision = "raise_precision"
+    stop = "stop"
+
+
+@dataclass
+class GuardConfig:
+    """When a step is not sound, and what is done about it."""
+
+    on_nonfinite: GuardAction = GuardAction.stop
+    on_spike: GuardAction = GuardAction.keep
+    spike_sigmas: float = 6.0  # standard deviations above the mean of the last `window` sound steps
+    window: int = 50  # steps
+    raise_steps: int = 100  # raise_precision: so many steps run unquantised
+    max_rollbacks: int = 5  # then the run stops
 
 
 @dataclass
@@ -82,7 +105,9 @@ class Run:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
 
@@ -92,13 +117,16 @@ def load(config: DictConfig) -> Run:
     assert isinstance(run, Run), "compose with the schema `Run` as the first entry of the defaults list"
     t = run.train
     positive = {"train.steps": t.steps, "train.global_batch": t.global_batch, "train.micro_batch": t.micro_batch,
-                "train.log_every": t.log_every, "train.keep_last": t.keep_last}  # fmt: skip
+                "train.log_every": t.log_every, "train.keep_last": t.keep_last,
+                "guard.window": run.guard.window, "guard.raise_steps": run.guard.raise_steps}  # fmt: skip
     for key, value in positive.items():
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1")
     natural = {"train.eval_every": t.eval_every, "train.checkpoint_every": t.checkpoint_every,
                "train.keep_every": t.keep_every, "train.clip_norm": t.clip_norm, "train.z_loss": t.z_loss,
-               "train.time_limit_s": t.time_limit_s, "train.sample_tokens": t.sample_tokens}  # fmt: skip
+               "train.time_limit_s": t.time_limit_s, "train.sample_tokens": t.sample_tokens,
+               "guard.spike_sigmas": run.guard.spike_sigmas,
+               "guard.max_rollbacks": run.guard.max_rollbacks}  # fmt: skip
     for key, number in natural.items():
         if number < 0:
             raise ValueError(f"{key}={number} must not be negative (0 switches it off)")
@@ -106,6 +134,12 @@ def load(config: DictConfig) -> Run:
         raise ValueError(f"train.global_batch={t.global_batch} is not a multiple of train.micro_batch={t.micro_batch}")
     if run.data.seq_len > run.model.max_seq_len:
         raise ValueError(f"data.seq_len={run.data.seq_len} is longer than model.max_seq_len={run.model.max_seq_len}")
+    run.comm.check()
+    if run.parallel.engine is EngineKind.deepspeed and run.comm != CommConfig():
+        raise ValueError(
+            "comm= chooses what FSDP2 sends; DeepSpeed sends by its own settings: leave comm=fp32 and set, for "
+            "example, parallel.deepspeed.communication_data_type=bf16"
+        )
     if run.precision.get("save") == "codes" and run.parallel.recompute is Recompute.full:
         raise ValueError(
             "precision.save=codes and parallel.recompute=full: recomputation keeps no inputs, so their codes would be "
@@ -127,8 +161,9 @@ def check_world(run: Run, ranks: int) -> None:
         )
 
 
-# Settings that may differ when a run is continued: they change neither what is computed nor in which order.
-_HARMLESS = ("name", "run", "parallel", "monitor", "data.cache_dir", "train.log_every", "train.eval_every",
+# Settings that may differ when a run is continued: they change neither what is computed nor in which order (the guard
+# only where it acts, and it is changed to rescue a run).
+_HARMLESS = ("name", "run", "guard", "parallel", "monitor", "data.cache_dir", "train.log_every", "train.eval_every",
              "train.eval_high_precision", "train.checkpoint_every", "train.checkpoint_async", "train.keep_last",
              "train.keep_every", "train.time_limit_s", "train.sample_prompt", "train.sample_tokens")  # fmt: skip
 

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from lowprec.launch.train import compose_run
 from lowprec.linear import Gemm, LinearRecipe, Operand, Plan, Policy, QuantizedLinear, load_precision, load_recipe
 from lowprec.linear.precision import RECIPES_FOLDER
-from lowprec.linear.recipe import GEMM_OPERANDS, shard_refusal
+from lowprec.linear.cut import cut_refusal
+from lowprec.linear.recipe import GEMM_OPERANDS
 from lowprec.linear.state import end_step
 from lowprec.model import ModelConfig, build
 from lowprec.numerics import ELEMENTS, Clock, Element, Format
@@ -561,11 +562,11 @@ def test_a_format_that_cannot_be_right_is_refused(what):
 def test_blocks_and_rotations_that_straddle_ranks_are_named():
     """A weight (out, in) cut over tensor-parallel ranks: by 16x16 blocks, by a rotation, by a whole axis."""
     nvfp4, quartet2, halo = (load_recipe(name) for name in ("nvfp4", "quartet2", "halo1_fp8"))
-    assert shard_refusal(nvfp4, 256, 256, 4, 0) is None and shard_refusal(nvfp4, 256, 256, 4, 1) is None
-    assert "block of 1x16 (x of fprop)" in shard_refusal(nvfp4, 256, 96, 12, 1)
-    assert "block of 16x16 (w of fprop)" in shard_refusal(nvfp4, 96, 256, 12, 0)
-    assert "rotation of dgrad" in shard_refusal(quartet2, 256, 256, 4, 0)
-    assert "rotation of fprop" in shard_refusal(halo, 256, 256, 2, 1)
+    assert cut_refusal(nvfp4, 256, 256, {"out": 4}) is None and cut_refusal(nvfp4, 256, 256, {"in": 4}) is None
+    assert "block of 1x16 (x of fprop)" in cut_refusal(nvfp4, 256, 96, {"in": 12})
+    assert "block of 16x16 (w of fprop)" in cut_refusal(nvfp4, 96, 256, {"out": 12})
+    assert "rotation of dgrad" in cut_refusal(quartet2, 256, 256, {"out": 4})
+    assert "rotation of fprop" in cut_refusal(halo, 256, 256, {"in": 2})
 
 
 def test_an_optional_rule_may_decide_nothing():

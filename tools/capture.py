@@ -15,7 +15,6 @@ with its initial weights, and `add_source` / `open_source` are the command-line 
 
 import argparse
 import json
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 import lowprec.recipes
 from lowprec.config import Run, from_yaml, load
@@ -38,7 +35,7 @@ from lowprec.linear import Plan, QuantizedLinear
 from lowprec.linear.plan import compile_pattern
 from lowprec.linear.precision import pick
 from lowprec.model import Transformer, cross_entropy
-from lowprec.train import plan_model
+from lowprec.train import plan_model, reader
 from lowprec.train.checkpoint import committed
 
 
@@ -175,16 +172,11 @@ def open_run(run_dir: Path, step: int | None = None) -> Loaded:
     path = found[max(found) if step is None else step]
     model, plan = _materialise(run)
     wanted: dict[str, Any] = {"model": model.state_dict(), "progress": ""}
-    try:
-        held = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        memories = {f"precision/{key}": tensor for key, tensor in plan.state_dict().items()}  # as TrainState names them
-        wanted |= {k: t for k, t in memories.items() if getattr(held.get(k), "size", None) == t.shape}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant to be
-            dcp.load(wanted, checkpoint_id=path, no_dist=True)
-    except (CheckpointException, RuntimeError, KeyError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise ValueError(f"the checkpoint {path} cannot be read: {reason}") from error
+    index = reader.open_index(path)
+    memories = {f"precision/{key}": tensor for key, tensor in plan.state_dict().items()}  # as TrainState names them
+    held = index.state_dict_metadata
+    wanted |= {k: t for k, t in memories.items() if getattr(held.get(k), "size", None) == t.shape}
+    reader.read(wanted, path, index)
     read = {k.removeprefix("precision/"): t for k, t in wanted.items() if k in memories}
     plan.load_state_dict(plan.state_dict() | read)
     progress = json.loads(wanted["progress"])

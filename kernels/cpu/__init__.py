@@ -7,6 +7,7 @@
 :file:`hadamard.h`  rotating a whole matrix, also whole axes
 :file:`scale.h`     block scales
 :file:`operand.h`   preparing an operand: sizes, scales, codes
+:file:`codes.h`     the same from codes that were made before
 :file:`packed.h`    the layout of a prepared operand
 :file:`stored.h`    the same in little memory, for the backward pass
 :file:`gemm_*.h`    the products: integers on the int8 unit, everything else in bf16

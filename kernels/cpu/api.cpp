@@ -6,6 +6,7 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && \
     defined(__AVX512BF16__)
+#include "codes.h"
 #include "gemm_bf16.h"
 #include "hadamard.h"
 #include "operand.h"
@@ -32,6 +33,9 @@ void lowprec_advise(void* memory, int64_t bytes) {
 
 // Rotates, quantises and packs an operand.  `out` comes with its memory and sizes.
 void lowprec_prepare(const OperandArgs* args, Packed* out) { Quantiser(*args, *out).run(); }
+
+// Packs an operand whose codes and scales are given.
+void lowprec_load(const OperandArgs* args, const CodesArgs* codes, Packed* out) { Loader(*args, *codes, *out).run(); }
 
 // out: (a.free_size, b.free_size) row-major, bf16 or fp32.
 void lowprec_multiply(const Packed* a, const Packed* b, void* out, int out_bf16, int threads) {

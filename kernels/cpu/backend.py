@@ -29,18 +29,20 @@ from lowprec.kernels.cpu.operand import (
     INPUT_MAX,
     LARGEST_TILE,
     MODES,
+    CodesArgs,
     OperandArgs,
     PackedArgs,
     PackedOperand,
     StoredOperand,
     code_scale,
+    code_values,
     element_args,
     empty_packed,
     fill_scale,
     refuse_operand,
     store_args,
 )
-from lowprec.numerics import Format, Stream, fixed_signs
+from lowprec.numerics import Format, QTensor, Stream, Window, fixed_signs
 from lowprec.numerics import rotate as rotate_torch
 from lowprec.numerics.hadamard import hadamard_order_refusal
 from lowprec.numerics.scale import block_size
@@ -142,7 +144,14 @@ class CpuBackend:
         return reason or load()[1] or None
 
     def prepare(
-        self, x: Tensor, gemm: Any, side: str, stream: Stream, role: str, amax: Tensor | None = None
+        self,
+        x: Tensor,
+        gemm: Any,
+        side: str,
+        stream: Stream,
+        role: str,
+        amax: Tensor | None = None,
+        window: Window | None = None,
     ) -> PackedOperand:
         """Rotate, quantise and pack one operand of a product that :meth:`refuses` lets pass.
 
@@ -150,9 +159,25 @@ class CpuBackend:
             x: (rows, k), bf16 or fp32; a transposed view is read in place.
             gemm, side, role: the product, and whether x is its ``a`` or its ``b``.
             stream: random bits of the layer.
-            amax: () fp32, the tensor's maximum to use instead of its own.
+            amax: () or (rows, 1) fp32, the maximum to use instead of the tensor's, or the rows', own.
+            window: where x lies in the matrix whose noise it draws, both as they lie in memory; None = it is all.
         """
-        return self._prepare(x, gemm, side, stream, role, amax, may_fold=True)
+        return self._prepare(x, gemm, side, stream, role, amax, may_fold=True, window=window)
+
+    def load(self, q: QTensor, gemm: Any, side: str) -> PackedOperand:
+        """What :meth:`prepare` makes of a matrix, from its codes (rows, k) in the operand's format, also transposed."""
+        args = OperandArgs.from_buffer_copy(_constants(gemm, side, torch.bfloat16))
+        (args.free_size, args.k), args.threads, args.may_fold = q.shape, torch.get_num_threads(), True
+        codes, args.contiguous_k = _contiguous(q.codes)
+        scales, outer = q.product_scales()
+        if q.format.tensor_scale == 128 and outer.dim() == 2:  # one per row and 128 elements, and k is 128
+            scales, outer = scales * outer, torch.ones(())
+        values, scales, outer = code_values(q.format.element), scales.contiguous(), outer.contiguous()
+        pointers = [t.data_ptr() for t in (codes, values, scales, outer)]
+        made = _empty(args, q.format, q.format.block[1] or q.shape[1])
+        given = CodesArgs(*pointers, q.format.bits <= 4)
+        _library().lowprec_load(ctypes.byref(args), ctypes.byref(given), ctypes.byref(made.args))
+        return made
 
     def multiply(self, a: Prepared, b: Prepared, gemm: Any, out_dtype: torch.dtype) -> Tensor:
         """Prepared operands (m, k), (n, k) -> (m, n) of ``out_dtype``, bf16 or fp32."""
@@ -210,7 +235,14 @@ class CpuBackend:
 
     @staticmethod
     def _prepare(
-        x: Tensor, gemm: Any, side: str, stream: Stream, role: str, amax: Tensor | None, may_fold: bool
+        x: Tensor,
+        gemm: Any,
+        side: str,
+        stream: Stream,
+        role: str,
+        amax: Tensor | None,
+        may_fold: bool,
+        window: Window | None = None,
     ) -> PackedOperand:
         operand = gemm.a if side == "a" else gemm.b
         format: Format | None = operand.format
@@ -234,9 +266,20 @@ class CpuBackend:
             keep.append(_sizes(x, measured))
             args.sizes = keep[-1].data_ptr()
         if amax is not None:
-            keep.append(amax.detach().float().reshape(1).contiguous())
-            args.amax = keep[-1].data_ptr()
+            assert format is not None and amax.numel() in (1, rows), amax.shape
+            keep.append(amax.detach().float().reshape(-1).contiguous())
+            if format.amax_of == "row" and not format.tensor_scale:  # a row is one block, whose size is given
+                args.sizes = keep[-1].data_ptr()
+            else:
+                args.amax = keep[-1].data_ptr()
         x, args.contiguous_k = _contiguous(x)
+        args.place.all_rows, args.place.columns = (rows, k) if args.contiguous_k else (k, rows)
+        if window is not None:
+            (args.place.all_rows, args.place.columns), args.place.first_column = window.shape, window.first_column
+            if window.rows is not None:
+                assert window.rows.numel() == (rows if args.contiguous_k else k), (window.rows.shape, x.shape)
+                keep.append(window.rows.contiguous())
+                args.place.rows = keep[-1].data_ptr()
         args.data, args.bf16 = x.data_ptr(), x.dtype == torch.bfloat16
         block = k if format is None else format.block[1] or k
         if operand.rounding != "nearest":
@@ -246,16 +289,21 @@ class CpuBackend:
             else:
                 args.scale_key[:] = stream.key(f"{key}.scale")
             args.counter[:] = (stream.step & 0xFFFFFFFF, stream.micro & 0xFFFFFFFF)
-        memory, packed = empty_packed(rows, k, block, bool(args.int8), may_fold)
-        packed.biased, packed.code_scale = args.biased, args.code_scale
-        packed.uniform = format is not None and format.block[0] != 1
-        packed.code_max = args.code_scale * args.element.max
-        library = _library()
-        library.lowprec_advise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(memory.numel()))
-        library.lowprec_prepare(ctypes.byref(args), ctypes.byref(packed))
+        made = _empty(args, format, block)
+        _library().lowprec_prepare(ctypes.byref(args), ctypes.byref(made.args))
         del keep
-        by_row = format is not None and format.tensor_scale == "row"
-        return PackedOperand(rows, k, memory, packed, by_row, format.element if format else None)
+        return made
+
+
+def _empty(args: OperandArgs, format: Format | None, block: int) -> PackedOperand:
+    """Room for the operand that the arguments describe, with ``block`` contracted elements under one scale."""
+    memory, packed = empty_packed(args.free_size, args.k, block, bool(args.int8), bool(args.may_fold))
+    packed.biased, packed.code_scale = args.biased, args.code_scale
+    packed.uniform = format is not None and format.block[0] != 1
+    packed.code_max = args.code_scale * args.element.max
+    _library().lowprec_advise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(memory.numel()))
+    by_row = format is not None and format.tensor_scale == "row"
+    return PackedOperand(args.free_size, args.k, memory, packed, by_row, format.element if format else None)
 
 
 def _refuse_sizes(gemm: Any, m: int | None, n: int, k: int | None) -> str | None:

@@ -14,7 +14,7 @@ enum Mode { ROUND_NEAREST = 0, ROUND_STOCHASTIC = 1, MS_EDEN = 2 };
 struct OperandArgs {  // mirrored in operand.py
   const void* data;
   const float* sizes;   // (rows / free_block, k / k_block) sizes of blocks; null: largest magnitudes
-  const float* amax;    // the size of the whole tensor; null: its own
+  const float* amax;    // the size of the whole tensor, under level ROW of every row; null: its own
   const float* factors[2];
   int64_t free_size, k, free_block, k_block;  // blocks: 0 = the whole axis
   int32_t bf16, contiguous_k, mode, group, rotation, rounds, threads, int8, biased, may_fold;
@@ -22,6 +22,7 @@ struct OperandArgs {  // mirrored in operand.py
   float code_scale;
   ScaleArgs scale;
   uint32_t key[2], scale_key[2], counter[2];
+  Place place;
 };
 
 struct alignas(64) Slot { I value; };  // 16 maxima; a thread's own lines
@@ -76,7 +77,7 @@ struct Quantiser {
 
   Quantiser(const OperandArgs& a, Packed& p) : args(a), out(p), block(a.k_block ? a.k_block : a.k) {
     source = {a.data, a.bf16 != 0, a.contiguous_k != 0, a.free_size, a.k, {a.rotation, a.rounds, {a.factors[0], a.factors[1]}},
-              {{a.key[0], a.key[1]}, {a.counter[0], a.counter[1]}}};
+              {{a.key[0], a.key[1]}, {a.counter[0], a.counter[1]}}, a.place};
     thread_maxima.assign(a.threads, Slot{I{}});
     if (needs_fine()) fine.resize(a.free_size / 16 * (a.k / 16));
     if (needs_table()) multipliers.resize(a.free_size * groups());
@@ -159,6 +160,7 @@ struct Quantiser {
     for (int64_t i = 0; i < args.free_size / 16 * wide; i++) {
       I m{};
       for (int64_t j = 0; j < each; j++) m = max_bits(m, fine[i * each + j].value);
+      if (args.amax && args.scale.level == ROW) m = abs_bits(_mm512_loadu_ps(args.amax + i * 16));
       outers[i] = outer_scale(args.scale, m);
     }
   }
@@ -289,6 +291,13 @@ struct Quantiser {
     return args.free_block == 16 ? tree_sum_lanes(sum) : sum;
   }
 
+  // Number of the block at k of a panel, where noise is drawn for [panel][block][16 rows] of the whole matrix.
+  int64_t first_block_in_the_whole(int64_t panel, int64_t k) const {
+    const Place& p = args.place;
+    if (source.contiguous_k) return p.row(panel * 16) / 16 * (p.columns / block) + (p.first_column + k) / block;
+    return (p.first_column + panel * 16) / 16 * (p.all_rows / block) + p.row(k) / block;
+  }
+
   // MS-EDEN (arXiv:2601.22813): the scales of `group` elements times S = <u, u> / <u, q>, rounded stochastically.
   template <Rounding R>
   void correct(const Grid& grid, const TileRow* tile, int64_t panel, int64_t k) const {
@@ -315,8 +324,9 @@ struct Quantiser {
     const PhiloxKey key{{args.scale_key[0], args.scale_key[1]}, {args.counter[0], args.counter[1]}};
     const Grid scale_grid(args.scale.kind == E4M3 ? E4M3_GRID : UE5M3_GRID);
     alignas(64) uint16_t noise[64];
+    const int64_t first = first_block_in_the_whole(panel, k);
     for (int b = 0; b < blocks; b++) {
-      if (b % 4 == 0) philox64(key, (uint64_t)(panel * groups() + k / block + b) * 2, noise);
+      if (b % 4 == 0) philox64(key, (uint64_t)(first + b) * 2, noise);
       const I random = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)(noise + b % 4 * 16)));
       const V wanted = _mm512_mul_ps(_mm512_loadu_ps(scales + b * 16), s);
       const V rounded = round_to<STOCHASTIC>(scale_grid, wanted, random);

@@ -47,6 +47,15 @@ class ScaleArgs(ctypes.Structure):
     )
 
 
+class PlaceArgs(ctypes.Structure):
+    """``Place`` of tile.h."""
+
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("all_rows", "columns", "first_column")),
+    )
+
+
 class OperandArgs(ctypes.Structure):
     """``OperandArgs`` of operand.h."""
 
@@ -60,6 +69,7 @@ class OperandArgs(ctypes.Structure):
         ("code_scale", ctypes.c_float),
         ("scale", ScaleArgs),
         *((name, ctypes.c_uint32 * 2) for name in ("key", "scale_key", "counter")),
+        ("place", PlaceArgs),
     )
 
 
@@ -72,6 +82,12 @@ class PackedArgs(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("int8", "biased", "uniform", "scale_bits", "low", "high")),
         *((name, ctypes.c_float) for name in ("code_scale", "code_max", "tensor_scale")),
     )
+
+
+class CodesArgs(ctypes.Structure):
+    """``CodesArgs`` of codes.h."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("codes", "values", "scales", "outer")), ("few", ctypes.c_int32))
 
 
 class StoreArgs(ctypes.Structure):
@@ -162,6 +178,12 @@ def code_scale(name: str) -> float | None:
         if values[-1] * scale <= 127 and all((value * scale).is_integer() for value in values):
             return scale
     return None
+
+
+@lru_cache(maxsize=64)
+def code_values(name: str) -> Tensor:
+    """What each of 256 codes of an element stands for, fp32."""
+    return ELEMENTS[name].decode(torch.arange(256, dtype=torch.uint8, device="cpu")).contiguous()
 
 
 def refuse_operand(format: Format | None, rounding: str, group: int, dtype: torch.dtype) -> str | None:

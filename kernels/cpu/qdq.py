@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowprec.kernels.cpu.build import Unavailable, build
-from lowprec.numerics import ELEMENTS, Element, Format, QTensor, Stream
+from lowprec.numerics import ELEMENTS, Element, Format, QTensor, Stream, Window
 from lowprec.numerics import scale as rules
 
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
@@ -60,12 +60,13 @@ _Scale = _struct(
 )  # fmt: skip
 _Rotation = _struct("Rotation", size=_i32, axis=_i32, factors=_ptr)
 _Philox = _struct("Philox", key=ctypes.c_uint32 * 2, counter=ctypes.c_uint32 * 2)
+_Place = _struct("Place", rows=_ptr, columns=_i64, first_column=_i64)
 _Grid = _struct("Grid", data=_ptr, rows=_i64, columns=_i64, stride=_i64)
 _Job = _struct(
     "Job", x=_ptr, out=_ptr, rows=_i64, columns=_i64, block_rows=_i64, block_columns=_i64, tile_rows=_i64,
     tile_columns=_i64, bf16=_i32, output=_i32, size_given=_i32, apply_scale=_i32, apply_level=_i32, join_level=_i32,
     stochastic=_i32, contracted=_i32, threads=_i32, element=_Element, scale=_Scale, rotation=_Rotation, philox=_Philox,
-    sizes=_Grid, scales=_Grid, encode=_Grid, level=_Grid, whole=_Grid,
+    place=_Place, sizes=_Grid, scales=_Grid, encode=_Grid, level=_Grid, whole=_Grid,
 )  # fmt: skip
 _Matrix = _struct("Matrix", data=_ptr, rows=_i64, row=_i64, step=_i64)
 _Product = _struct(
@@ -133,7 +134,7 @@ def _march_native() -> bool:
 
 def layout(x: Tensor) -> tuple[Tensor, bool]:
     """x (rows, k) as a matrix that is contiguous in memory, and whether that is its transpose."""
-    if x.stride() == (1, x.shape[0]) and min(x.shape) > 1:
+    if x.stride(0) < x.stride(1) and x.T.is_contiguous():
         return x.T, True
     return x.contiguous(), False
 
@@ -229,7 +230,7 @@ class _Call:
         level = self._level(sizes, amax, f.tensor_max * max(targets))
         if sizes is not None:
             if amax is not None and not f.tensor_scale:
-                sizes = torch.where(sizes.isnan(), sizes, amax.float().reshape(1, 1))
+                sizes = torch.where(sizes.isnan(), sizes, amax.float().reshape(-1, 1))
             job.size_given, job.sizes = True, self._grid(sizes, f.block)
         self._blocks(f.block)
         return level
@@ -252,7 +253,7 @@ class _Call:
         spans: dict[bool | str | int, tuple[int, int]] = {True: (0, 0), "row": (1, 0), 128: (1, 128)}
         block = spans[f.tensor_scale]
         if amax is not None:
-            whole = amax.float().reshape(1, 1)
+            whole = amax.float().reshape(-1, 1)
         elif sizes is None:
             whole = self.sizes(block)
         else:
@@ -265,20 +266,27 @@ class _Call:
         job.encode, job.level = self._grid(encode, block), self._grid(level, block)
         return level.reshape(()) if block == (0, 0) else level
 
-    def run(
-        self, random: tuple[Stream, str] | None, out: Tensor, block_scale: bool, level: bool | str, keep_scales: bool
-    ) -> Tensor:
+    def draw(self, stream: Stream, key: str, window: Window | None) -> None:
+        """Round stochastically, with the noise of this matrix or, given a window of its memory, of a larger one."""
+        job = self.job
+        job.stochastic = True
+        job.philox.key[:] = stream.key(key)
+        job.philox.counter[:] = (stream.step & 0xFFFFFFFF, stream.micro & 0xFFFFFFFF)
+        job.place = _Place(None, job.columns, 0)
+        if window is not None:
+            job.place = _Place(None, window.shape[1], window.first_column)
+            if window.rows is not None:
+                assert window.rows.numel() == job.rows, (window.rows.shape, job.rows)
+                self.keep.append(window.rows.contiguous())
+                job.place.rows = self.keep[-1].data_ptr()
+
+    def run(self, out: Tensor, block_scale: bool, level: bool | str, keep_scales: bool) -> Tensor:
         """Quantise into ``out`` (the memory's shape): values with or without scales, or codes. Returns block scales."""
         job, scales = self.job, torch.empty(0, 0)
         if keep_scales:
             scales, job.scales = self._new_grid(self.format.block)
         job.out, job.output = out.data_ptr(), OUTPUTS[out.dtype]
         job.apply_scale, job.apply_level, job.join_level = block_scale, bool(level), level == "join"
-        if random is not None:
-            stream, key = random
-            job.stochastic = True
-            job.philox.key[:] = stream.key(key)
-            job.philox.counter[:] = (stream.step & 0xFFFFFFFF, stream.micro & 0xFFFFFFFF)
         self.compiled.lowprec_qdq(ctypes.byref(job))
         return scales
 
@@ -295,6 +303,7 @@ def run(
     out: Tensor | None = None,
     keep_scales: bool = True,
     march: str = "native",
+    window: Window | None = None,
 ) -> Result:
     """Quantise a matrix; the general form of the functions below.
 
@@ -304,7 +313,7 @@ def run(
         dtype: of the result: fp32 or bf16 for values, uint8 for codes.
         random: stream and key of the random bits of stochastic rounding, or None for nearest. Bits are indexed by the
             position in memory.
-        amax: () fp32, the maximum to use instead of the tensor's own.
+        amax: () or (rows, 1) fp32, the maximum to use instead of the tensor's, or the rows', own.
         factors: (n,) fp32, sign * n ** -0.5, to rotate blocks of n along k first; n a power of two to 128 that divides
             k, under rule absmax only.
         block_scale: multiply values by their block scales. level: ... then by the tensor scale too; "join": by the
@@ -312,13 +321,16 @@ def run(
         out: where to write; x's memory layout and the right dtype.
         keep_scales: return the block scales too, which costs memory.
         march: instruction set to compile for.
+        window: where x lies in the matrix whose noise it draws, both as they lie in memory; None = it is all.
     """
     assert factors is None or format.rule == "absmax", format.name
     call = _Call(x, format, factors, march)
     made = call.prepare(amax)
     out = torch.empty(call.memory.shape, dtype=dtype) if out is None else layout(out)[0]
     assert out.shape == call.memory.shape and out.dtype == dtype, (out.shape, out.dtype)
-    scales = call.run(random, out, block_scale, level if made is not None else False, keep_scales)
+    if random is not None:
+        call.draw(*random, window)
+    scales = call.run(out, block_scale, level if made is not None else False, keep_scales)
     return Result(out.T if call.transposed else out, scales, made)
 
 

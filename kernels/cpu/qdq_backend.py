@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from lowprec.kernels.cpu import qdq
-from lowprec.numerics import ELEMENTS, Element, Format, Stream, fixed_signs, rotate
+from lowprec.numerics import ELEMENTS, Element, Format, QTensor, Stream, Window, fixed_signs, rotate
+from lowprec.numerics.qtensor import spread
 
 OPERAND_NAMES = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
 SCALE_BITS = {"fp32": 24, "pow2": 0, "e8m0": 0, "e4m3": 4, "ue5m3": 4}  # significant ones: what a product gains
@@ -109,7 +110,14 @@ class PortableBackend:
         return qdq.load(self.march)[1] or None
 
     def prepare(
-        self, x: Tensor, gemm: Any, side: str, stream: Stream, role: str, amax: Tensor | None = None
+        self,
+        x: Tensor,
+        gemm: Any,
+        side: str,
+        stream: Stream,
+        role: str,
+        amax: Tensor | None = None,
+        window: Window | None = None,
     ) -> Operand:
         """Rotate and quantise x (rows, k), bf16 or fp32, maybe a transposed view; as every backend does."""
         operand = gemm.a if side == "a" else gemm.b
@@ -126,7 +134,7 @@ class PortableBackend:
         if format is None:
             return Operand(x, None, one)
         if operand.rounding == "ms_eden" or not _serves(format):
-            return self._defined(x, operand, stream, key, amax)
+            return self._defined(x, operand, stream, key, amax, window)
         joined, whole = _joined(format, x.shape[1]), format.block[1] == 0
         random = (stream, key) if operand.rounding == "stochastic" else None
         q = qdq.run(
@@ -139,9 +147,22 @@ class PortableBackend:
             not whole,
             "join" if joined else False,
             march=self.march,
+            window=window,
         )
         level = one if joined or q.level is None else q.level
         return Operand(q.values, _rows(q.scales, format, x.shape[0]) if whole else None, level)
+
+    def load(self, q: QTensor, gemm: Any = None, side: str = "a") -> Operand:
+        """What :meth:`prepare` makes of a matrix, from its codes (rows, k); a transposed view gives one."""
+        format, (rows, k) = q.format, q.shape
+        scales, level = q.product_scales()
+        values, dtype = q.values(), _dtype(format, _joined(format, k))
+        if qdq.layout(q.codes)[1]:
+            values = values.T.contiguous().T
+        if format.block[1] == 0 and _serves(format):
+            return Operand(values.to(dtype), _rows(scales, format, rows), level)
+        values.mul_(spread(scales, format.block[0] or rows, format.block[1] or k, rows, k))
+        return Operand(values.to(dtype), None, level)
 
     def multiply(self, a: Operand, b: Operand, gemm: Any, out_dtype: torch.dtype) -> Tensor:
         """Prepared operands (m, k), (n, k) -> (m, n)."""
@@ -180,27 +201,17 @@ class PortableBackend:
             x = rotate(x, size, stream.signs(key, size) if rotation.signs == "step" else signs)
         return x.T.contiguous().T if transposed else x  # random bits go by the position in memory
 
-    def _defined(self, x: Tensor, operand: Any, stream: Stream, key: str, amax: Tensor | None) -> Operand:
+    def _defined(
+        self, x: Tensor, operand: Any, stream: Stream, key: str, amax: Tensor | None, window: Window | None
+    ) -> Operand:
         """By the definition in torch."""
         format: Format = operand.format
-        rows, k = x.shape
-        block = format.block[1] or k
         if operand.rounding == "ms_eden":
-            panels = stream.noise(f"{key}.scale", (-(-rows // 16), -(-k // block), 16))
-            q = format.eden(x, panels.transpose(1, 2).flatten(0, 1)[:rows], operand.group, amax)
+            q = format.eden(x, stream.scale_noise(f"{key}.scale", x, format.block[1], window), operand.group, amax)
         else:
-            noise = None
-            if operand.rounding == "stochastic":
-                memory, transposed = qdq.layout(x)
-                noise = stream.noise(key, tuple(memory.shape))
-                noise = noise.T if transposed else noise
+            noise = stream.noise_like(key, x, window) if operand.rounding == "stochastic" else None
             q = format.quantize(x, noise, amax)
-        scales, level = q.row_scales(), torch.ones(()) if q.tensor_scale is None else q.tensor_scale
-        if joined := _joined(format, k):
-            scales = scales * level.repeat_interleave(128 // block, dim=1)[:, : scales.shape[1]]
-            level = torch.ones(())
-        values = q.values() * scales.repeat_interleave(block, dim=1)[:, :k]
-        return Operand(values.to(_dtype(format, joined)), None, level)
+        return self.load(q)
 
 
 def _serves(format: Format) -> bool:

@@ -36,6 +36,13 @@ struct Grid {  // one fp32 number a block of (rows, columns); 0 = the whole axis
   }
 };
 
+// Where the matrix lies in the one whose noise it draws: itself, or a part of a larger one.
+struct Place {
+  const int64_t* rows;  // of every row; null: 0, 1, 2, ...
+  int64_t columns, first_column;
+  int64_t at(int64_t r, int64_t c) const { return (rows ? rows[r] : r) * columns + first_column + c; }
+};
+
 struct Job {
   const void* x;
   void* out;
@@ -45,6 +52,7 @@ struct Job {
   ScaleArgs scale;
   Rotation rotation;
   Philox philox;
+  Place place;
   Grid sizes, scales;           // block sizes (given, or null); block scales (written, or null)
   Grid encode, level, whole;    // of the tensor: what blocks are encoded with, what multiplies values, its size
 };
@@ -208,12 +216,12 @@ static void round_rows(const Job& j, int64_t r, int64_t c, const float* tile, in
   const int64_t unit = block_width % W ? 1 : block_width, piece = std::max(unit, PIECE / unit * unit);
   const int64_t size = j.bf16 ? 2 : 4;
   for (int64_t i = 0; i < std::min(rows, j.rows - r); i++) {
-    const int64_t first = (r + i) * j.columns + c;
+    const int64_t first = (r + i) * j.columns + c, place = j.place.at(r + i, c);
     O* to = width < j.tile_columns ? (O*)s.row : (O*)j.out + first;
     const float* from = tile + i * j.tile_columns;
     const char* next = (const char*)j.x + (first + j.tile_columns) * size;  // where the next tile lies
     for (int64_t k = 0; k < j.tile_columns; k += piece) {
-      const int64_t n = std::min(piece, j.tile_columns - k), b = k / unit, at = first + k;
+      const int64_t n = std::min(piece, j.tile_columns - k), b = k / unit, at = place + k;
       const uint16_t* noise = s.noise + at % 8;
       for (int64_t l = k * size; l < (k + n) * size; l += 64) __builtin_prefetch(next + l, 0, 2);
       if (STOCHASTIC) random_bits(j.philox, s.keys, (uint64_t)at / 8, n + at % 8, s.noise);

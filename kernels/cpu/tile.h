@@ -22,6 +22,13 @@ struct Rotation {
   const float* factors[2];    // of each round, size values: fp32(sign * size ** -0.5)
 };
 
+// Where the source lies in the matrix whose noise it draws: itself, or a part of a larger one.
+struct Place {
+  const int64_t* rows;  // of every row of the memory; null: 0, 1, 2, ...
+  int64_t all_rows, columns, first_column;
+  int64_t row(int64_t r) const { return rows ? rows[r] : r; }
+};
+
 struct Source {
   const void* data;
   bool bf16;             // else fp32
@@ -29,6 +36,7 @@ struct Source {
   int64_t free_size, k;  // memory is [free, k] if contiguous_k, else [k, free]
   Rotation rotation;
   PhiloxKey philox;      // of the elements' noise
+  Place place;
   int64_t rows() const { return contiguous_k ? free_size : k; }
   int64_t columns() const { return contiguous_k ? k : free_size; }
 };
@@ -40,7 +48,7 @@ struct Buffers {
   alignas(64) float values[STRIP_FREE * MAX_DEPTH];
   alignas(64) uint16_t noise[STRIP_FREE * MAX_DEPTH];
   alignas(64) float raw[16][MAX_DEPTH + 16];  // padded: the rows must not share cache sets
-  alignas(64) uint16_t raw_noise[16][MAX_DEPTH + 32];
+  alignas(64) uint16_t raw_noise[16][MAX_DEPTH + 96];  // 64 more where a row does not begin with a group of eight
 };
 
 // Rows r.. of the memory, columns c..c+width: tiles one after the other, each depth x 16.
@@ -66,23 +74,30 @@ static void load_strip(const Source& s, int64_t r, int64_t c, int width, int dep
   }
 }
 
+// The 16-bit numbers of `width` elements from row r, column c of the memory: where they begin in `out`.
+static inline const uint16_t* row_noise(const Source& s, int64_t r, int64_t c, int width, uint16_t* out) {
+  const uint64_t first = (uint64_t)(s.place.row(r) * s.place.columns + s.place.first_column + c);
+  const int within = (int)(first % 8);
+  for (int j = 0; j < width + within; j += 64) philox64(s.philox, (first + j) / 8, out + j);
+  return out + within;
+}
+
 static void load_noise(const Source& s, int64_t r, int64_t c, int width, int depth, Buffers& b) {
-  const uint64_t first = (uint64_t)(r * s.columns() + c) / 8, per_row = (uint64_t)s.columns() / 8;
-  auto load = [](const uint16_t* p) { return _mm256_load_si256((const __m256i*)p); };
+  auto load = [](const uint16_t* p) { return _mm256_loadu_si256((const __m256i*)p); };
   auto store = [](uint16_t* p, __m256i x) { _mm256_store_si256((__m256i*)p, x); };
   if (!s.contiguous_k) {
     for (int k = 0; k < depth; k++) {
-      philox64(s.philox, first + k * per_row, b.raw_noise[k % 16]);
-      for (int j = 0; j < width; j += 16) store(b.noise + (j * depth + k * 16), load(b.raw_noise[k % 16] + j));
+      const uint16_t* row = row_noise(s, r + k, c, width, b.raw_noise[k % 16]);
+      for (int j = 0; j < width; j += 16) store(b.noise + (j * depth + k * 16), load(row + j));
     }
     return;
   }
-  for (int i = 0; i < 16; i++)
-    for (int j = 0; j < width; j += 64) philox64(s.philox, first + i * per_row + j / 8, b.raw_noise[i] + j);
+  const uint16_t* rows[16];
+  for (int i = 0; i < 16; i++) rows[i] = row_noise(s, r + i, c, width, b.raw_noise[i]);
   for (int j = 0; j < width; j += 32) {  // two 16x16 tiles in one transpose, as the halves of 32-bit words
     V v[16];
     for (int i = 0; i < 16; i++) {
-      const I left = _mm512_cvtepu16_epi32(load(b.raw_noise[i] + j)), right = _mm512_cvtepu16_epi32(load(b.raw_noise[i] + j + 16));
+      const I left = _mm512_cvtepu16_epi32(load(rows[i] + j)), right = _mm512_cvtepu16_epi32(load(rows[i] + j + 16));
       v[i] = from_bits(_mm512_or_si512(left, _mm512_slli_epi32(right, 16)));
     }
     transpose16(v);

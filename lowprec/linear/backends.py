@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowprec.linear import oracle
 from lowprec.linear.recipe import GEMM_OPERANDS, Gemm
-from lowprec.numerics import Stream, rotate
+from lowprec.numerics import Format, QTensor, Stream, Window, rotate
 
 Side = Literal["a", "b"]
 Packed = Any
@@ -41,10 +41,22 @@ class Backend(Protocol):
         """Why this product cannot be served, or None. A size that is not known yet (tokens) is None."""
 
     def prepare(
-        self, x: Tensor, gemm: Gemm, side: Side, stream: Stream, role: str, amax: Tensor | None = None
+        self,
+        x: Tensor,
+        gemm: Gemm,
+        side: Side,
+        stream: Stream,
+        role: str,
+        amax: Tensor | None = None,
+        window: Window | None = None,
     ) -> Packed:
         """x (rows, k), maybe a transposed view, rotated and quantised as operand ``side`` of the product. It may be
-        kept and multiplied any number of times; ``amax`` () replaces the tensor's own maximum."""
+        kept and multiplied any number of times; ``amax`` () or (rows, 1) replaces the tensor's or the rows' own
+        maximum, and ``window`` says whose noise x draws if it is a part of a larger matrix."""
+
+    def load(self, q: QTensor, gemm: Gemm, side: Side) -> Packed:
+        """What :meth:`prepare` makes of a matrix, from its codes (rows, k) in the operand's format; rotated already,
+        maybe a transposed view."""
 
     def multiply(self, a: Packed, b: Packed, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
         """Prepared operands (m, k), (n, k) -> (m, n)."""
@@ -67,9 +79,19 @@ class Native:
         return "it only serves unquantised products" if gemm.a.format or gemm.b.format or gemm.inner else None
 
     def prepare(
-        self, x: Tensor, gemm: Gemm, side: Side, stream: Stream, role: str, amax: Tensor | None = None
+        self,
+        x: Tensor,
+        gemm: Gemm,
+        side: Side,
+        stream: Stream,
+        role: str,
+        amax: Tensor | None = None,
+        window: Window | None = None,
     ) -> Tensor:
         return x
+
+    def load(self, q: QTensor, gemm: Gemm, side: Side) -> Tensor:
+        raise TypeError(f"an unquantised operand is no codes of {q.format.name}")
 
     def multiply(self, a: Tensor, b: Tensor, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
         return (a @ b.T).to(out_dtype)
@@ -99,10 +121,20 @@ class Oracle:
         return None
 
     def prepare(
-        self, x: Tensor, gemm: Gemm, side: Side, stream: Stream, role: str, amax: Tensor | None = None
+        self,
+        x: Tensor,
+        gemm: Gemm,
+        side: Side,
+        stream: Stream,
+        role: str,
+        amax: Tensor | None = None,
+        window: Window | None = None,
     ) -> oracle.Prepared:
         name = GEMM_OPERANDS[role][side == "b"]
-        return oracle.prepare(x, getattr(gemm, side), gemm.inner, stream, role, name, amax)
+        return oracle.prepare(x, getattr(gemm, side), gemm.inner, stream, role, name, amax, window)
+
+    def load(self, q: QTensor, gemm: Gemm, side: Side) -> oracle.Prepared:
+        return oracle.prepared(q)
 
     def multiply(self, a: Operands, b: Operands, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
         return oracle.multiply(_unpack(a), _unpack(b)).to(out_dtype)
@@ -155,6 +187,16 @@ def rotator(wanted: str, device: torch.device) -> Callable[[Tensor, int, Tensor 
 
         return fast
     return rotate
+
+
+def quantized(wanted: str, x: Tensor, format: Format, amax: Tensor | None) -> QTensor:
+    """``format.quantize(x, amax=amax)``, around the products: in C++, which equals it bit for bit, where it serves."""
+    if wanted not in ("torch", "oracle") and x.device.type == "cpu":
+        from lowprec.kernels.cpu import qdq
+
+        if qdq.refuses(format) is None and format.bits <= 8 and x.dtype in qdq.DTYPES and qdq.load()[0] is not None:
+            return qdq.quantize(x, format, amax=amax)
+    return format.quantize(x, amax=amax)
 
 
 ORDER = ("native", "cpu", "cpu_portable", "torch", "oracle")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from lowprec.linear import oracle
 from lowprec.linear.backends import Side, rotator
+from lowprec.linear.codes import padded
 from lowprec.linear.recipe import GEMM_OPERANDS, Gemm, LinearRecipe, Operand, Rotation
 from lowprec.linear.state import LayerState
-from lowprec.numerics import Stream
+from lowprec.numerics import QTensor, Stream
 from lowprec.numerics.hadamard import hadamard_order_refusal
 
 TILE = 16
@@ -59,6 +61,26 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """One axis of a layer's matrices (``tokens``, ``in``, ``out``) of which this rank holds a part.
+
+    Attributes:
+        group: the ranks that share the axis.
+        ranks: how many.
+        rank: which part is here.
+        index: tokens only: number of this rank's rows -> int64 place of each in the whole micro-batch. None: parts are
+            contiguous and in the order of ranks, as they always are for ``in`` and ``out``.
+        count: called with the logical bytes of every maximum that is all-reduced over the group.
+    """
+
+    group: dist.ProcessGroup
+    ranks: int
+    rank: int
+    index: Callable[[int], Tensor] | None = None
+    count: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True)
 class Call:
     """One use of a layer: what its products need besides matrices."""
 
@@ -67,6 +89,8 @@ class Call:
     policy: Policy = Policy()
     state: LayerState | None = None
     observe: bool = False  # whether the layer's memory takes notice (training, not evaluation)
+    cuts: Mapping[str, Cut] = field(default_factory=dict)  # the axes of which this rank holds a part
+    sizes: Mapping[str, int] | None = None  # if any are cut: this rank's tokens, in, out (lowprec.linear.cut.bound)
 
 
 def operand_of(role: str, side: Side, call: Call) -> tuple[str, Operand]:
@@ -74,10 +98,12 @@ def operand_of(role: str, side: Side, call: Call) -> tuple[str, Operand]:
     return GEMM_OPERANDS[role][side == "b"], getattr(getattr(call.recipe, role), side)
 
 
-def pad_to(x: Tensor, rows: int, cols: int) -> Tensor:
-    """Zero-pad a matrix (possibly a transposed view) to (rows, cols), keeping its memory order."""
+def pad_to(x: Any, rows: int, cols: int) -> Any:
+    """Zero-pad a matrix (possibly a transposed view, or codes) to (rows, cols), keeping its memory order."""
     if x.shape == (rows, cols):
         return x
+    if isinstance(x, QTensor):
+        return padded(x, rows, cols)
     if x.stride(0) < x.stride(1):
         return pad_to(x.T, cols, rows).T
     return F.pad(x, (0, cols - x.shape[1], 0, rows - x.shape[0]))

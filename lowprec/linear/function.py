@@ -5,7 +5,8 @@ quantised for its own product (no double quantisation, arXiv:2509.25149 section 
 forward and kept, so a backward, and a forward that is run again by activation recomputation, draw the same random bits.
 
 What is saved for the backward is x and the weight. With ``save: codes`` the codes of x for wgrad are made in the
-forward and kept instead of x: 4.5 bits a value for NVFP4 where bf16 takes 16.
+forward and kept instead of x: 4.5 bits a value for NVFP4 where bf16 takes 16. The weight may be codes from the start
+(:class:`~lowprec.linear.weight.CodedWeight`); its gradient is that of the weight.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowprec.linear.call import TILE, Call, pad_to
+from lowprec.linear.cut import bound
 from lowprec.linear.product import keep, product
+from lowprec.linear.weight import CodedWeight
 
 
 class QuantizedLinearFunction(torch.autograd.Function):
@@ -48,12 +51,21 @@ class QuantizedLinearFunction(torch.autograd.Function):
 
 def quantized_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, call: Call) -> Tensor:
     """``y = x w^T + bias`` for x (..., in_features); weight and bias (fp32 masters) are cast to x's dtype."""
+    if isinstance(weight_NK, CodedWeight) and (why := weight_NK.refusal(call.recipe, x.dtype)):
+        raise ValueError(f"layer '{call.stream.layer}': {why}; gather it again for the recipe in force")
+    if bias_N is not None and "in" in call.cuts:
+        raise ValueError(
+            f"layer '{call.stream.layer}': its bias would be added by each of the {call.cuts['in'].ranks} ranks that "
+            "share in_features; leave the bias out, or add it once to the sum of their outputs"
+        )
     bias_N = None if bias_N is None else bias_N.to(x.dtype)
     if not call.recipe.quantized:
         return F.linear(x, weight_NK.to(x.dtype), bias_N)
     x_TK = x.reshape(-1, x.shape[-1]).contiguous()
     tokens = x_TK.shape[0]
-    if call.policy.pad == "zero" and not call.recipe.counts_rows:
+    if call.cuts:
+        call = bound(call, tokens, x_TK.shape[1], weight_NK.shape[0])
+    if call.policy.pad == "zero" and not call.recipe.counts_rows and "tokens" not in call.cuts:
         x_TK = pad_to(x_TK, tokens + -tokens % TILE, x_TK.shape[1])  # once, not in every product
     y_TN = QuantizedLinearFunction.apply(x_TK, weight_NK, call)
     y = (y_TN if y_TN.shape[0] == tokens else y_TN[:tokens]).view(*x.shape[:-1], weight_NK.shape[0])

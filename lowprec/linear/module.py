@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowprec.linear.call import Call, Policy
+from lowprec.linear.call import Call, Cut, Policy
 from lowprec.linear.function import quantized_linear
 from lowprec.linear.precision import load_recipe
 from lowprec.linear.recipe import LinearRecipe
@@ -29,6 +29,11 @@ class QuantizedLinear(nn.Linear):
         clock: what keys the random bits; advance ``layer.clock.step`` every step (a :class:`Plan` does it for all
         layers). layer: the layer's name in its model; keys the random bits.
         policy: backend and padding.
+
+    Attributes:
+        cuts: the axes (``tokens``, ``in``, ``out``) of which this rank holds a part; empty unless tensor or context
+            parallelism sets them (:mod:`lowprec.linear.cut`). The output, and the input's gradient, are then partial
+            sums over ``in`` and over ``out``. ``weight`` may be a DTensor: the layer computes with its local part.
     """
 
     recipe: LinearRecipe
@@ -36,6 +41,7 @@ class QuantizedLinear(nn.Linear):
     layer: str
     policy: Policy
     state: LayerState
+    cuts: dict[str, Cut]
 
     def __init__(
         self,
@@ -56,6 +62,7 @@ class QuantizedLinear(nn.Linear):
     def _configure(self, recipes: Iterable[LinearRecipe], clock: Clock, layer: str, policy: Policy) -> None:
         recipes = list(recipes)
         self.recipe, self.clock, self.layer, self.policy = recipes[0], clock, layer, policy
+        self.cuts = {}
         self.state = LayerState(memories_of(recipes, self.out_features, self.in_features))
 
     @classmethod
@@ -79,8 +86,8 @@ class QuantizedLinear(nn.Linear):
         """(..., in_features) -> (..., out_features) in the input's dtype."""
         stream = self.clock.stream(self.layer)
         observe = self.training and torch.is_grad_enabled()
-        call = Call(self.recipe, stream, self.policy, self.state, observe)
-        return quantized_linear(input, self.weight, self.bias, call)
+        call = Call(self.recipe, stream, self.policy, self.state, observe, self.cuts)
+        return quantized_linear(input, _local(self.weight), _local(self.bias), call)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:
         super()._apply(fn, recurse)  # .to(), .cuda(), .to_empty(): the state goes where the weight goes
@@ -90,3 +97,8 @@ class QuantizedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"
+
+
+def _local(parameter: Any) -> Any:
+    """This rank's part of a parameter; its gradient is that of the part."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # a DTensor, slow to import

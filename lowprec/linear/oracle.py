@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from lowprec.linear.recipe import GEMM_OPERANDS, Gemm, Operand, Rotation
-from lowprec.numerics import Format, QTensor, Stream, fixed_signs, rotate
+from lowprec.numerics import Format, QTensor, Stream, Window, fixed_signs, rotate
+from lowprec.numerics.qtensor import spread
 
 
 @dataclass(frozen=True)
@@ -109,19 +110,6 @@ def turned(
     return x.T.contiguous().T if columns_first else x
 
 
-def noise_like(x: Tensor, stream: Stream, key: str) -> Tensor:
-    """Noise for x (rows, k), indexed by position in memory, so a transposed view gets the transposed noise."""
-    if x.stride(0) < x.stride(1):
-        return stream.noise(key, (x.shape[1], x.shape[0]), x.device).T
-    return stream.noise(key, tuple(x.shape), x.device)
-
-
-def scale_noise(rows: int, blocks: int, stream: Stream, key: str, device: torch.device) -> Tensor:
-    """Noise for the scales of 1xB blocks (rows, blocks), drawn in panels: ``[row // 16, block, row % 16]``."""
-    panels = stream.noise(key, ((rows + 15) // 16, blocks, 16), device)
-    return panels.transpose(1, 2).reshape(-1, blocks)[:rows]
-
-
 def prepare(
     x: Tensor,
     operand: Operand,
@@ -130,8 +118,12 @@ def prepare(
     role: str,
     name: str,
     amax: Tensor | None = None,
+    window: Window | None = None,
 ) -> Prepared:
-    """Rotate and quantise one operand x (rows, k) of the product ``role``; ``amax`` () replaces its own maximum."""
+    """Rotate and quantise one operand x (rows, k) of the product ``role``.
+
+    ``amax``, () or (rows, 1), replaces its own maximum; ``window`` says whose noise it draws if it is a part.
+    """
     original, x = x, turned(x, inner, stream, role) if inner is not None else x
     one = torch.ones((), device=x.device)
     if operand.format is None:
@@ -139,16 +131,18 @@ def prepare(
     key, format = f"{role}.{name}", operand.format
     block = format.block[1] or x.shape[1]
     if operand.rounding == "ms_eden":
-        blocks = -(-x.shape[1] // block)
-        q = format.eden(x, scale_noise(x.shape[0], blocks, stream, f"{key}.scale", x.device), operand.group)
+        q = format.eden(x, stream.scale_noise(f"{key}.scale", original, block, window), operand.group, amax)
     else:
-        noise = noise_like(original, stream, key) if operand.rounding == "stochastic" else None
+        noise = stream.noise_like(key, original, window) if operand.rounding == "stochastic" else None
         q = format.quantize(x, noise, amax)
-    scales, tensor_scale = q.row_scales(), one if q.tensor_scale is None else q.tensor_scale
-    if tensor_scale.numel() > 1 and tensor_scale.shape[1] > 1:  # one per 1x128: varies along k, so it joins the blocks'
-        wide = tensor_scale.repeat_interleave(int(format.tensor_scale) // block, dim=1)
-        scales, tensor_scale = scales * wide[:, : scales.shape[1]], one
-    return Prepared(q.values(), scales, block, tensor_scale)
+    return prepared(q)
+
+
+def prepared(q: QTensor) -> Prepared:
+    """The operand (rows, k) that codes are."""
+    scales, tensor_scale = q.product_scales()
+    free, block = q.format.block[0] or q.shape[0], q.format.block[1] or q.shape[1]
+    return Prepared(q.values(), spread(scales, free, 1, *q.shape), block, tensor_scale)
 
 
 def prepare_both(a: Tensor, b: Tensor, spec: Gemm, stream: Stream, role: str) -> tuple[Prepared, Prepared]:

@@ -13,16 +13,18 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lowprec.linear import state
 from lowprec.linear.attention import AttentionCore, apply_attention
 from lowprec.linear.backends import choose
 from lowprec.linear.call import TILE, Policy, padded_sizes
+from lowprec.linear.cut import cut_refusal, refused
 from lowprec.linear.module import QuantizedLinear
 from lowprec.linear.precision import Precision, Rule
 from lowprec.linear.product import keep_refusal, kept_bytes_per_token
@@ -141,7 +143,40 @@ class Plan:
         """Give every layer its recipe for this training progress: 0 at the first step, below 1 at the last."""
         recipes = self.precision.at(progress_frac)
         for entry in self.entries:
-            self.layers[entry.layer].recipe = recipes[entry.recipe]
+            if entry.layer in self.layers:
+                self.layers[entry.layer].recipe = recipes[entry.recipe]
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Let go of the layers that are not named, and of attention cores without any: a pipeline stage has but some.
+
+        ``entries``, the table and the fingerprint stay those of the whole model.
+        """
+        names = set(names)
+        self.layers = {name: layer for name, layer in self.layers.items() if name in names}
+        self.cores = {at: core for at, core in self.cores.items() if any(n.startswith(f"{at}.") for n in self.layers)}
+
+    def refuse_cuts(self, cuts: Mapping[str, Mapping[str, int]] | None = None, tokens: int | None = None) -> None:
+        """Raise if a layer cannot be cut over ranks under a recipe that it has or will be given.
+
+        Args:
+            cuts: by layer, the ranks that share each axis that is cut (``out``, ``in``, ``tokens``). None: what the
+                layers' ``cuts`` say.
+            tokens: as for :func:`lowprec.linear.cut.cut_refusal`, where tokens are cut.
+
+        Raises:
+            ValueError: naming layer, recipe, reason and fix; also for a layer that the plan does not know.
+        """
+        if cuts is None:
+            cuts = {name: {a: cut.ranks for a, cut in layer.cuts.items()} for name, layer in self.layers.items()}
+        entries = {entry.layer: entry for entry in self.entries}
+        for name, ranks in cuts.items():
+            if name not in entries:
+                raise ValueError(f"there is no linear layer '{name}' to cut; the plan has {_sample(list(entries))}")
+            entry = entries[name]
+            for recipe in self.precision.versions(entry.recipe):
+                reason = cut_refusal(recipe, entry.out_features, entry.in_features, ranks, tokens)
+                if reason:
+                    raise ValueError(refused(name, recipe, ranks, reason))
 
     @property
     def states(self) -> dict[str, state.LayerState]:
@@ -165,10 +200,12 @@ class Plan:
             for core, attention in cores:
                 core.recipe = attention
 
-    def end_step(self, step: int, accept: torch.Tensor | None = None) -> None:
+    def end_step(
+        self, step: int, accept: torch.Tensor | None = None, group: dist.ProcessGroup | None = None
+    ) -> None:
         """After the optimizer: let the layers remember what they saw (see :func:`lowprec.linear.state.end_step`)."""
         self.policy.shared.clear()
-        state.end_step(self.states, step, accept)
+        state.end_step(self.states, step, accept, group)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What all layers remember, as ``{"layer/key": fp32 tensor}``; empty for most recipes."""

@@ -28,7 +28,18 @@ from torch import Tensor
 from lowprec.linear import oracle
 from lowprec.linear.backends import Backend, Packed
 from lowprec.linear.call import Call, Policy, Shared, operand_of, pad_to, padded_sizes, turned
-from lowprec.linear.operands import Terms, chosen_backend, outer, pad_forward, prepare, rounded, source, terms_of
+from lowprec.linear.operands import (
+    Terms,
+    chosen_backend,
+    outer,
+    pad_forward,
+    prepare,
+    prepare_part,
+    rounded,
+    shared_amax,
+    source,
+    terms_of,
+)
 from lowprec.linear.recipe import Gemm, LinearRecipe, Operand
 from lowprec.linear.split import ChannelSplit
 from lowprec.numerics import Stream
@@ -180,8 +191,9 @@ def _multiply(
                 continue  # they have no contracted index in common
             pair = dataclasses.replace(gemm, a=operand_a, b=operand_b)
             chosen = chosen_backend(role, pair, sizes, part_a, call)
-            pa = chosen.prepare(part_a, pair, "a", call.stream, role)
-            out += chosen.multiply(pa, chosen.prepare(part_b, pair, "b", call.stream, role), pair, torch.float32)
+            pa = prepare_part(role, "a", part_a, pair, chosen, call)
+            pb = prepare_part(role, "b", part_b, pair, chosen, call)
+            out += chosen.multiply(pa, pb, pair, torch.float32)
     if a.thin is not None:
         other = b.of.float() if a.thin.exact else rounded(role, "b", b, gemm, call, whole=True)
         out += a.thin.u @ (other @ a.thin.v).T
@@ -222,7 +234,8 @@ def _gradient_mask(name: str, x: Tensor, operand: Operand, call: Call) -> Tensor
     assert operand.format is not None
     fprop = call.recipe.fprop
     padded = pad_forward(name, x, call)
-    q = oracle.prepare(padded, operand, fprop.inner, call.stream, "fprop", name)
+    amax = shared_amax("fprop", name, padded, operand, fprop.inner, call)
+    q = oracle.prepare(padded, operand, fprop.inner, call.stream, "fprop", name, amax)
     scale = (q.scales * q.tensor_scale.reshape(-1, 1)).repeat_interleave(q.block, dim=1)[:, : padded.shape[1]]
     now = turned(padded, fprop.inner, call, "fprop").float() if fprop.inner else padded.float()
     element = operand.format.element_type

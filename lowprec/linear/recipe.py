@@ -252,35 +252,5 @@ class LinearRecipe:
         return "\n".join(lines)
 
 
-def shard_refusal(recipe: LinearRecipe, out_features: int, in_features: int, ranks: int, dim: int) -> str | None:
-    """Why a weight (out, in) cannot be cut in ``ranks`` along ``dim`` (0 or 1) under this recipe, or None.
-
-    A block or a rotation that straddles two ranks would have two scales or no transform; whole-tensor and whole-row
-    statistics would be those of a part.
-    """
-    size = (out_features, in_features)[dim]
-    if size % ranks:
-        return f"{size} features do not divide by {ranks} ranks"
-    part = size // ranks
-    for role in GEMM_OPERANDS:
-        gemm: Gemm = getattr(recipe, role)
-        contracted = {"fprop": 1, "dgrad": 0}.get(role)
-        if gemm.inner and contracted == dim and (gemm.inner.size == 0 or part % gemm.inner.size):
-            return f"the rotation of {role} ({gemm.inner}) would straddle ranks that hold {part} features each"
-        for side, name in zip("ab", GEMM_OPERANDS[role]):
-            operand: Operand = getattr(gemm, side)
-            if operand.format is None:
-                continue
-            free, along = operand.format.block
-            # the axis of this operand that runs over the cut features: x has in, dy has out, w has both
-            cut = {"x": dim == 1, "dy": dim == 0, "w": True}[name]
-            block = along if contracted == dim else free
-            if cut and block > 1 and part % block:
-                return (
-                    f"a block of {free}x{along} ({name} of {role}) would straddle ranks that hold {part} features each"
-                )
-    return None
-
-
 BF16 = LinearRecipe("bf16")
 """Leave the layer alone: every product in the tensors' own dtype, as ``torch.nn.functional.linear``."""

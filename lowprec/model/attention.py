@@ -15,10 +15,13 @@ ordinary attention cut into blocks of queries, so that a block skips the keys af
 key head folded into the rows of a single product. Its scores are rounded to the compute dtype, as eager attention does
 everywhere: about 49 dB in bf16 against 54 for flash. Elsewhere this is torch's `scaled_dot_product_attention`.
 
+`attend` takes queries that are the last of the keys: with T queries and U keys, query i sees the keys up to U - T + i.
+With T = U that is causal attention; with U > T it is one chunk of it, from which context parallelism is built.
+
 This is the attention core in the compute dtype. A precision recipe quantises the four projections around it and, if
 it says so, puts another function in the place of `Attention.core`.
 
-Shapes: B batch, T tokens, H query heads, K key/value heads, G = H / K, D width of a head.
+Shapes: B batch, T tokens, U >= T keys, H query heads, K key/value heads, G = H / K, D width of a head.
 """
 
 from collections.abc import Callable
@@ -26,6 +29,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from .config import ModelConfig
 from .norm import RMSNorm
@@ -34,38 +38,54 @@ _BLOCK_TOKENS = 128  # queries per block of the CPU path
 _BLOCKED_MAX_TOKENS = 2048  # longer sequences would keep too many probabilities for backward
 
 
+Part = Callable[[Tensor, int], Tensor]
+"""This rank's part of the tokens of a tensor: (tensor, its axis of tokens) -> the same with fewer tokens."""
+
+
+def whole(x: Tensor, axis: int) -> Tensor:
+    """x: every rank has all the tokens."""
+    return x
+
+
 class Context:
     """What every layer of one forward shares: the tables of RoPE and the mask.
 
     A plain class on purpose: FSDP2 looks into lists, tuples, dicts and dataclasses among a layer's arguments and would
     cast the fp32 tables to the compute dtype.
 
-    cos_BT1D, sin_BT1D: fp32, D/2 wide, or None without RoPE. bias_B1TT: additive mask in the compute dtype, or None
-    when the plain causal kernel serves. The batch axis is 1 when no documents are given.
+    cos_BT1D, sin_BT1D: fp32, D/2 wide, or None without RoPE. bias_B1TU: additive mask in the compute dtype, or None
+    when the plain causal kernel serves. The batch axis is 1 when no documents are given. T are the tokens of this rank,
+    U those of the whole row.
     """
 
-    def __init__(self, cos_BT1D: Tensor | None, sin_BT1D: Tensor | None, bias_B1TT: Tensor | None) -> None:
-        self.cos_BT1D, self.sin_BT1D, self.bias_B1TT = cos_BT1D, sin_BT1D, bias_B1TT
+    def __init__(self, cos_BT1D: Tensor | None, sin_BT1D: Tensor | None, bias_B1TU: Tensor | None) -> None:
+        self.cos_BT1D, self.sin_BT1D, self.bias_B1TU = cos_BT1D, sin_BT1D, bias_B1TU
 
     @staticmethod
-    def of(config: ModelConfig, tokens_BT: Tensor, document_ids_BT: Tensor | None, dtype: torch.dtype) -> "Context":
-        """Positions and mask of a batch; document_ids_BT (any integers) changes value where a document begins."""
-        device, length = tokens_BT.device, tokens_BT.shape[1]
-        index_T = torch.arange(length, device=device)
-        starts_BT = torch.zeros_like(index_T)[None]
-        if document_ids_BT is not None:
-            begins_BT = F.pad(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], (1, 0), value=True)
-            starts_BT = torch.where(begins_BT, index_T, 0).cummax(dim=1).values
+    def of(
+        config: ModelConfig, tokens_BU: Tensor, document_ids_BU: Tensor | None, dtype: torch.dtype, part: Part = whole
+    ) -> "Context":
+        """Positions and mask of a batch, for the tokens that `part` leaves to this rank.
+
+        document_ids_BU (any integers) changes value where a document begins.
+        """
+        device, length = tokens_BU.device, tokens_BU.shape[1]
+        index_U = torch.arange(length, device=device)
+        starts_BU = torch.zeros_like(index_U)[None]
+        if document_ids_BU is not None:
+            begins_BU = F.pad(document_ids_BU[:, 1:] != document_ids_BU[:, :-1], (1, 0), value=True)
+            starts_BU = torch.where(begins_BU, index_U, 0).cummax(dim=1).values
+        index_1T, starts_BT = part(index_U[None], 1), part(starts_BU, 1)
         cos = sin = bias = None
         if config.rope_theta is not None:
             width = config.dim_per_head
             exponent_D = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
-            angle_BTD = (index_T - starts_BT).float()[..., None] * config.rope_theta**-exponent_D
+            angle_BTD = (index_1T - starts_BT).float()[..., None] * config.rope_theta**-exponent_D
             cos, sin = angle_BTD.cos()[:, :, None], angle_BTD.sin()[:, :, None]
-        if document_ids_BT is not None or _takes_blocked(device, length):
-            visible_BTT = (index_T <= index_T[:, None]) & (index_T >= starts_BT[..., None])
-            zeros_BTT = torch.zeros(visible_BTT.shape, dtype=dtype, device=device)
-            bias = zeros_BTT.masked_fill_(~visible_BTT, -torch.inf)[:, None]
+        if document_ids_BU is not None or _takes_blocked(device, length):
+            visible_BTU = (index_U <= index_1T[..., None]) & (index_U >= starts_BT[..., None])
+            zeros_BTU = torch.zeros(visible_BTU.shape, dtype=dtype, device=device)
+            bias = zeros_BTU.masked_fill_(~visible_BTU, -torch.inf)[:, None]
         return Context(cos, sin, bias)
 
     def rotate(self, x_BTHD: Tensor) -> Tensor:
@@ -81,31 +101,34 @@ def _takes_blocked(device: torch.device, length: int) -> bool:
     return device.type == "cpu" and length <= _BLOCKED_MAX_TOKENS
 
 
-def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias_B1TT: Tensor | None) -> Tensor:
-    """Causal attention -> y_BHTD in q's dtype. bias None = plain causal; else it must hold the causal mask too."""
-    if bias_B1TT is not None and _takes_blocked(q_BHTD.device, q_BHTD.shape[2]):
-        return _blocked(q_BHTD, k_BKTD, v_BKTD, bias_B1TT)
-    if bias_B1TT is None:
-        return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=True)
-    group = q_BHTD.shape[1] // k_BKTD.shape[1]  # torch's masked GPU kernels know no grouped heads
-    k_BHTD, v_BHTD = (x.repeat_interleave(group, dim=1) for x in (k_BKTD, v_BKTD))
-    return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=bias_B1TT)
+def attend(q_BHTD: Tensor, k_BKUD: Tensor, v_BKUD: Tensor, bias_B1TU: Tensor | None) -> Tensor:
+    """Causal attention of the last T of U tokens -> y_BHTD in q's dtype. A bias must hold the causal mask too."""
+    queries, keys = q_BHTD.shape[2], k_BKUD.shape[2]
+    if bias_B1TU is not None and _takes_blocked(q_BHTD.device, keys):
+        return _blocked(q_BHTD, k_BKUD, v_BKUD, bias_B1TU)
+    if bias_B1TU is None and queries == keys:
+        return F.scaled_dot_product_attention(q_BHTD, k_BKUD, v_BKUD, is_causal=True, enable_gqa=True)
+    group = q_BHTD.shape[1] // k_BKUD.shape[1]  # torch's masked GPU kernels know no grouped heads
+    k_BHUD, v_BHUD = (x.repeat_interleave(group, dim=1) for x in (k_BKUD, v_BKUD))
+    mask = causal_lower_right(queries, keys) if bias_B1TU is None else bias_B1TU
+    return F.scaled_dot_product_attention(q_BHTD, k_BHUD, v_BHUD, attn_mask=mask)
 
 
-def _blocked(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias_B1TT: Tensor) -> Tensor:
+def _blocked(q_BHTD: Tensor, k_BKUD: Tensor, v_BKUD: Tensor, bias_B1TU: Tensor) -> Tensor:
     batch, heads, length, width = q_BHTD.shape
-    kv_heads = k_BKTD.shape[1]
+    kv_heads, keys = k_BKUD.shape[1:3]
     q_NGTD = (q_BHTD * width**-0.5).reshape(batch * kv_heads, heads // kv_heads, length, width)  # N = B K
-    k_NDT = k_BKTD.transpose(-1, -2).reshape(batch * kv_heads, width, length)
-    v_NTD = v_BKTD.reshape(batch * kv_heads, length, width)
+    k_NDU = k_BKUD.transpose(-1, -2).reshape(batch * kv_heads, width, keys)
+    v_NUD = v_BKUD.reshape(batch * kv_heads, keys, width)
     blocks = []
     for start in range(0, length, _BLOCK_TOKENS):
         stop = min(start + _BLOCK_TOKENS, length)
+        seen = keys - length + stop
         q_NSD = q_NGTD[:, :, start:stop].flatten(1, 2)  # S = G x queries of this block
-        scores = (q_NSD @ k_NDT[..., :stop]).view(batch, heads, stop - start, stop)
-        scores += bias_B1TT[..., start:stop, :stop]
-        p_NSU = scores.softmax(dim=-1).view(len(q_NSD), -1, stop)
-        blocks.append((p_NSU @ v_NTD[:, :stop]).view(batch, heads, stop - start, width))
+        scores = (q_NSD @ k_NDU[..., :seen]).view(batch, heads, stop - start, seen)
+        scores += bias_B1TU[..., start:stop, :seen]
+        p_NSU = scores.softmax(dim=-1).view(len(q_NSD), -1, seen)
+        blocks.append((p_NSU @ v_NUD[:, :seen]).view(batch, heads, stop - start, width))
     return torch.cat(blocks, dim=2)
 
 
@@ -132,5 +155,5 @@ class Attention(nn.Module):
         # head counts come from the projections' outputs, so a tensor-parallel shard holds a part of the heads
         q, k, v = (proj(x_BTC).unflatten(-1, (-1, self.width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = context.rotate(self.q_norm(q)), context.rotate(self.k_norm(k))
-        y_BHTD = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context.bias_B1TT)
+        y_BHTD = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context.bias_B1TU)
         return self.o_proj(y_BHTD.transpose(1, 2).flatten(2))

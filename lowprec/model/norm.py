@@ -9,6 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def rms_norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    """x_...C of any float dtype -> the same shape and dtype."""
+    return F.rms_norm(x.float(), weight_C.shape, weight_C.float(), eps).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """x_...C of any float dtype -> the same shape and dtype."""
 
@@ -18,4 +23,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)

@@ -16,13 +16,12 @@ Build it on the meta device, lay the plan and the sharding over it, then give it
 """
 
 import hashlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .attention import Attention, Context
+from .attention import Attention, Context, Part, whole
 from .config import ModelConfig
 from .mlp import MLP
 from .norm import RMSNorm
@@ -57,7 +56,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False, dtype=torch.float32)
         self._tie()
-        self.part: Callable[[Tensor, int], Tensor] = whole  # context parallel: this rank's tokens of an axis
+        self.part: Part = whole  # context parallel puts its own here,
+        self.multiple = 1  # and what lengths of sequences must then be multiples of
 
     def _tie(self) -> None:
         if self.config.tie_embeddings:
@@ -111,13 +111,13 @@ class Transformer(nn.Module):
         return self.end(x_BTC)
 
     def context(self, tokens_BT: Tensor, document_ids_BT: Tensor | None) -> Context:
-        """What every block of one forward shares; needs the whole rows, and no parameters. Errors as `forward`."""
+        """What every block of one forward shares, from whole rows and no parameters. Errors as `forward`."""
         if tokens_BT.shape[1] > self.config.max_seq_len:
             raise ValueError(
                 f"The sequence has {tokens_BT.shape[1]} tokens but model.max_seq_len is {self.config.max_seq_len}: "
                 "shorten data.seq_len or raise model.max_seq_len."
             )
-        return Context.of(self.config, tokens_BT, document_ids_BT, self.dtype)
+        return Context.of(self.config, tokens_BT, document_ids_BT, self.dtype, self.part)
 
     def begin(self, tokens_BT: Tensor) -> Tensor:
         """What the first block gets: tokens_BT (int64, whole rows) -> x_BTC of this rank's tokens, in `dtype`."""
@@ -126,11 +126,6 @@ class Transformer(nn.Module):
     def end(self, x_BTC: Tensor) -> Tensor:
         """The last block's output -> logits_BTV."""
         return self.lm_head(self.norm(x_BTC))
-
-
-def whole(x: Tensor, axis: int) -> Tensor:
-    """x: every rank has all the tokens."""
-    return x
 
 
 def build(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Transformer:

@@ -13,7 +13,7 @@ from lowprec.numerics.format import Format
 from lowprec.numerics.formats import FORMATS
 from lowprec.numerics.hadamard import fixed_signs, hadamard, hadamard_order_refusal, rotate
 from lowprec.numerics.qtensor import QTensor
-from lowprec.numerics.stream import Clock, Stream
+from lowprec.numerics.stream import Clock, Stream, Window
 
 __all__ = [
     "ELEMENTS",
@@ -23,6 +23,7 @@ __all__ = [
     "Format",
     "QTensor",
     "Stream",
+    "Window",
     "fixed_signs",
     "hadamard",
     "hadamard_order_refusal",

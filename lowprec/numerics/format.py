@@ -86,14 +86,21 @@ class Format:
         """Bits of one code."""
         return max(ELEMENTS[e].bits for e in (self.element, self.second or self.element))
 
+    @property
+    def amax_of(self) -> str | None:
+        """What one maximum is taken of: the ``tensor``, every ``row``, or None where scales span blocks only."""
+        if self.tensor_scale is True or (self.block == (0, 0) and not self.tensor_scale):
+            return "tensor"
+        return "row" if self.tensor_scale == "row" or (self.block == (1, 0) and not self.tensor_scale) else None
+
     def quantize(self, x: Tensor, noise: Tensor | None = None, amax: Tensor | None = None) -> QTensor:
         """Quantise a matrix.
 
         Args:
             x: (rows, k), bf16, fp16 or fp32.
             noise: uniform (0, 1) numbers of x's shape for stochastic rounding of the elements, or None for nearest.
-            amax: () fp32, the maximum to use instead of the tensor's own (delayed scaling, other ranks); elements
-                beyond it saturate. Only for formats with one scale for the tensor.
+            amax: fp32, the maximum to use instead of the tensor's own (delayed scaling, other ranks); elements beyond
+                it saturate. () for formats with one scale for the tensor, (rows, 1) for those with one a row.
 
         Returns:
             QTensor of x's shape. NaN or infinity in x makes all values under the same scale (with ``tensor_scale``: all
@@ -187,20 +194,21 @@ class Format:
 
     def _tensor_level(self, size: Tensor, amax: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
         """Sizes (R, C) -> sizes, (tensor sizes, encode scales) that broadcast over (R, C), and the tensor scale."""
-        if amax is not None and (amax.numel() != 1 or not (self.tensor_scale is True or self.block == (0, 0))):
+        spans = self.amax_of
+        if amax is not None and (not spans or amax.numel() != (size.shape[0] if spans == "row" else 1)):
             raise ValueError(
-                f"{self.name}: amax must be one number and the format must have one scale for the tensor"
-                f" (tensor_scale: true or block [0, 0]), got shape {tuple(amax.shape)}"
+                f"{self.name}: amax must be one number for a format with one scale for the tensor (tensor_scale: true"
+                f" or block [0, 0]), or one a row (tensor_scale: row or block [1, 0]), got shape {tuple(amax.shape)}"
             )
         one = size.new_ones(())
         if not self.tensor_scale:
             if amax is not None:
-                given = amax.float().reshape(1, 1)
+                given = amax.float().reshape(-1, 1)
                 size = torch.where(size.isfinite() & given.isfinite(), given, torch.nan)
             constant = size.new_full((), self.guard) if self.scale == "e8m0" and self.guard != 1 else None
             return size, (one, one), constant
         if amax is not None:
-            whole = amax.float().reshape(())
+            whole = amax.float().reshape((-1, 1) if spans == "row" else ())
         elif self.tensor_scale is True:
             whole = size.amax() if size.numel() else size.new_zeros(())
         else:

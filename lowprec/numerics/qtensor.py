@@ -61,6 +61,11 @@ class QTensor:
         return self.codes.shape
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.codes.device
+
+    @property
     def _block(self) -> tuple[int, int]:
         return self.format.block[0] or max(self.shape[0], 1), self.format.block[1] or max(self.shape[1], 1)
 
@@ -79,6 +84,21 @@ class QTensor:
     def row_scales(self) -> Tensor:
         """Block scales with the free axis expanded to rows, fp32 (rows, ceil(k / contracted))."""
         return spread(self.block_scales(), self._block[0], 1, *self.shape)
+
+    def product_scales(self) -> tuple[Tensor, Tensor]:
+        """The scales as a product along k applies them.
+
+        Returns:
+            Of blocks, fp32 in the shape of ``scales``; and of the finished product, fp32 () or (rows, 1). Tensor scales
+            of 128 elements vary along k, so they join those of blocks.
+        """
+        scales, level = self.block_scales(), self.tensor_scale
+        if level is None:
+            return scales, scales.new_ones(())
+        if level.dim() == 2 and level.shape[1] > 1:
+            wide = level.repeat_interleave(128 // self.format.block[1], dim=1)
+            return scales * wide[:, : scales.shape[1]], scales.new_ones(())
+        return scales, level
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(rows, k): element * block scale in fp32, then * tensor scale; kept within fp32's finite range."""

@@ -11,12 +11,14 @@ bits each: element ``i`` (row-major index in the tensor as it lies in memory) ta
 about 1/2, never 0 or 1, so that stochastic rounding errs by at most ``step / 131072`` in the mean.
 
 ``micro`` numbers the micro-batches of a step over all ranks, so one rank that accumulates two micro-batches and two
-ranks with one each round the same tokens with the same bits.
+ranks with one each round the same tokens with the same bits. Ranks that share one matrix draw the bits of their part of
+it: a :class:`Window` says where the part lies in the whole, whose indices are those above.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +40,25 @@ def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Where a part of a matrix lies in the whole, both as they lie in memory.
+
+    Attributes:
+        shape: (rows, columns) of the whole.
+        first_column: column of the whole at which the part begins; its columns follow one another.
+        rows: int64, one for each row of the part, on the CPU: its place in the whole. None: 0, 1, 2, ...
+    """
+
+    shape: tuple[int, int]
+    first_column: int = 0
+    rows: Tensor | None = None
+
+    def places(self, rows: int, device: torch.device | str = "cpu") -> Tensor:
+        """int64 (rows,): where the part's rows lie in the whole."""
+        return torch.arange(rows, device=device) if self.rows is None else self.rows.to(device)
+
+
 @dataclass(frozen=True)
 class Stream:
     """The random bits of one layer in one micro-batch of one step."""
@@ -52,20 +73,71 @@ class Stream:
         digest = hashlib.blake2b(f"{self.seed}/{self.layer}/{role}".encode(), digest_size=8).digest()
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
-    def bits(self, role: str, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu") -> Tensor:
-        """16-bit random integers in [0, 65535], int32, in row-major order of ``shape``."""
-        count = 1
-        for size in shape:
-            count *= size
-        group = torch.arange((count + 7) // 8, dtype=torch.int64, device=device)
+    def _groups(self, role: str, group: Tensor) -> Tensor:
+        """The eight 16-bit numbers, int32, of every group in an int64 tensor (...): (..., 8)."""
         fill = torch.full_like(group, 1)
         words = philox([group & _MASK, group >> 32, fill * self.step, fill * self.micro], self.key(role))
-        halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=1)  # (groups, 8)
-        return halves.reshape(-1)[:count].to(torch.int32).reshape(shape)
+        return torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1).to(torch.int32)
 
-    def noise(self, role: str, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu") -> Tensor:
-        """Uniform noise in (0, 1), fp32, exact multiples of 1/131072."""
-        return (self.bits(role, shape, device).float() + 0.5) / 65536
+    def bits(
+        self,
+        role: str,
+        shape: tuple[int, ...] | torch.Size,
+        device: torch.device | str = "cpu",
+        window: Window | None = None,
+    ) -> Tensor:
+        """16-bit random integers in [0, 65535], int32, in row-major order of ``shape``.
+
+        ``window`` makes them those of a part, (rows, columns) = ``shape``, of a larger matrix.
+        """
+        if window is None:
+            count = math.prod(shape)
+            groups = torch.arange((count + 7) // 8, dtype=torch.int64, device=device)
+            return self._groups(role, groups).reshape(-1)[:count].reshape(shape)
+        rows, columns = shape
+        first_R1 = (window.places(rows, device) * window.shape[1] + window.first_column)[:, None]
+        groups_RG = first_R1 // 8 + torch.arange((columns + 14) // 8, device=device)  # 7 more where a row begins inside
+        return self._groups(role, groups_RG).flatten(1).gather(1, first_R1 % 8 + torch.arange(columns, device=device))
+
+    def noise(
+        self,
+        role: str,
+        shape: tuple[int, ...] | torch.Size,
+        device: torch.device | str = "cpu",
+        window: Window | None = None,
+    ) -> Tensor:
+        """Uniform noise in (0, 1), fp32, exact multiples of 1/131072; ``window`` as for :meth:`bits`."""
+        return (self.bits(role, shape, device, window).float() + 0.5) / 65536
+
+    def noise_like(self, role: str, x: Tensor, window: Window | None = None) -> Tensor:
+        """Noise for x (rows, k), indexed by position in memory, so a transposed view gets the transposed noise.
+
+        ``window`` is of the memory: of (k, rows) for a transposed view.
+        """
+        if x.stride(0) < x.stride(1):
+            return self.noise(role, (x.shape[1], x.shape[0]), x.device, window).T
+        return self.noise(role, tuple(x.shape), x.device, window)
+
+    def scale_noise(self, role: str, x: Tensor, block: int, window: Window | None = None) -> Tensor:
+        """Noise for the scales of 1 x ``block`` blocks of x (rows, k): (rows, blocks).
+
+        It is drawn in panels of 16 rows: ``[row // 16, block, row % 16]``. ``window`` is of x's memory; 16 rows that
+        begin at a multiple of 16, and a block, must lie together in the whole.
+        """
+        rows, blocks = x.shape[0], -(-x.shape[1] // block)
+        panels, within = (rows + 15) // 16, None
+        if window is not None:
+            down, across = window.places(max(x.shape), x.device), window.first_column
+            along_k = torch.arange(blocks, device=x.device) * block
+            of_panel = torch.arange(panels, device=x.device) * 16
+            if x.stride(0) < x.stride(1):
+                place_P, place_B, k = of_panel + across, down[along_k], window.shape[0]
+            else:
+                place_P, place_B, k = down[of_panel], along_k + across, window.shape[1]
+            lines = (place_P // 16 * -(-k // block))[:, None] + place_B // block
+            within = Window((1, 16), 0, lines.flatten())
+        noise = self.noise(role, (panels * blocks, 16), x.device, within).view(panels, blocks, 16)
+        return noise.transpose(1, 2).reshape(-1, blocks)[:rows]
 
     def signs(self, role: str, n: int, device: torch.device | str = "cpu") -> Tensor:
         """n random signs, fp32, +1 or -1."""

@@ -21,11 +21,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from lowprec.comm import CommConfig
 from lowprec.linear import Plan
 from lowprec.model.transformer import Block, Transformer
-from lowprec.parallel.config import ParallelConfig, Recompute
+from lowprec.parallel.config import EngineKind, ParallelConfig, Recompute
+from lowprec.parallel.context import context_parallel
 from lowprec.parallel.engine import Engine
 from lowprec.parallel.mesh import World
+from lowprec.parallel.pipeline import Pipeline, cut
+from lowprec.parallel.tensor import tensor_parallel
+from lowprec.parallel.transport import Transport
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
@@ -35,6 +40,7 @@ def parallelize(
     plan: Plan,
     world: World,
     config: ParallelConfig,
+    comm: CommConfig,
     dtype: torch.dtype,
     make_optimizer: MakeOptimizer,
 ) -> Engine:
@@ -42,10 +48,25 @@ def parallelize(
 
     The caller fills the parameters afterwards, from a seed or from a checkpoint.
     """
+    if config.engine is EngineKind.deepspeed:
+        from lowprec.parallel.zero import build  # by need: DeepSpeed is an extra
+
+        return build(model, plan, world, config, dtype, make_optimizer)
+    transport = Transport(world, comm, plan, dtype)
+    wire = (comm.activation_codec, transport.meter)
+    tensor_parallel(model, plan, world, *wire)
+    context_parallel(model, plan, world, *wire)
     recompute(model, config.recompute)
-    shard(model, list(model.layers), world, config, dtype)
-    model.to_empty(device=world.device)
-    return Engine(model, make_optimizer(model), world, plan.clock)
+    stages = cut(model, plan, world.axis("pp"), config.virtual_stages)
+    roots: list[nn.Module] = [*stages] if stages else [model]
+    for root in roots:
+        shard(root, [module for module in root.modules() if isinstance(module, Block)], world, config, dtype)
+        root.to_empty(device=world.device)
+        transport.install(root)
+    optimizer = make_optimizer(model)
+    if stages:
+        return Pipeline(model, optimizer, world, plan.clock, transport, stages, config.timeout_s)
+    return Engine(model, optimizer, world, plan.clock, transport)
 
 
 def recompute(model: Transformer, how: Recompute) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -33,8 +33,13 @@ from lowprec.parallel.mesh import World
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from lowprec.parallel.transport import Transport
+
 Loss = Callable[[int, Tensor, Tensor], Tensor]
 """(number of the micro-batch, logits, targets), both this rank's part -> what is differentiated, () fp32."""
+
+
+_BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)  # ranks of a pipeline hold different parameters
 
 
 class Engine:
@@ -45,17 +50,22 @@ class Engine:
         optimizer: over its parameters.
         world: the mesh.
         clock: what keys random bits; the engine sets its micro-batch.
+        transport: what FSDP2 sends, and the count of bytes; None where another library sends.
         vocab: the ranks that share the vocabulary of the logits, or None where a rank has all of it.
     """
 
-    def __init__(self, model: Transformer, optimizer: Optimizer, world: World, clock: Clock) -> None:
+    def __init__(
+        self, model: Transformer, optimizer: Optimizer, world: World, clock: Clock, transport: Transport | None = None
+    ) -> None:
         self.model, self.optimizer, self.world, self.clock = model, optimizer, world, clock
+        self.transport = transport
         tensor = world.axis("tp")
         self.vocab: dist.ProcessGroup | None = tensor.group if tensor.size > 1 else None
 
     def init_weights(self, seed: int) -> None:
         """Draws the parameters: the same whatever the layout."""
         self.model.init_weights(seed)
+        self._new_weights()
 
     def backward(self, micros: list[tuple[int, Batch]], loss: Loss) -> None:
         """Accumulates the gradients of `micros`, (number, batch) each; only the last backward sums over ranks."""
@@ -101,25 +111,75 @@ class Engine:
             group["lr"] = lr
         self.optimizer.step()
         self.drop_gradients()
+        self._new_weights()
 
     def drop_gradients(self) -> None:
         """Forgets the gradients: the step is not taken."""
         self.optimizer.zero_grad()
 
+    def end_step(self, accept: Tensor | bool) -> None:
+        """After the step: whether its update was made and sound."""
+        if self.transport is not None:
+            self.transport.end_step(accept)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is done otherwise than wished, and why; lines for the plan."""
+        return [] if self.transport is None else self.transport.remarks
+
+    def regather(self) -> None:
+        """Frees what is gathered of the weights. Call where recipes change in between: their codes would not fit."""
+        if self.transport is not None:
+            self.transport.regather()
+
+    def wire_bytes(self) -> dict[str, int]:
+        """Logical bytes by collective since the last call (:mod:`lowprec.comm.meter`)."""
+        return self.transport.meter.take() if self.transport is not None else {}
+
     @torch.no_grad()
     def next_logits(self, tokens: list[int]) -> Tensor:
-        """(vocabulary,) fp32 on the CPU: what may follow `tokens`, the same on every rank; a collective."""
-        tokens_1T = torch.tensor([tokens], device=self.world.device)
-        return self.model(tokens_1T)[0, -1].float().cpu()
+        """(vocabulary,) fp32 on the CPU: what may follow `tokens`, the same on every rank; a collective.
+
+        The sequence is filled up at its end, where a causal model does not look, to a length that the ranks can cut;
+        if `model.max_seq_len` leaves no room for that, its first tokens are dropped.
+        """
+        cp, tp = self.world.axis("cp"), self.world.axis("tp")
+        multiple = self.model.multiple
+        tokens = tokens[-(self.model.config.max_seq_len // multiple * multiple) :]
+        length = len(tokens) + -len(tokens) % multiple
+        row_1T = torch.tensor([tokens + tokens[-1:] * (length - len(tokens))], device=self.world.device)
+        wanted_T = self.part(torch.arange(length)[None])[0] == len(tokens) - 1  # on one rank of cp, a single token
+        logits_V = self._next(row_1T, wanted_T)
+        if cp.size > 1:
+            dist.all_reduce(logits_V, group=cp.group)
+        if tp.size > 1:
+            part_V, logits_V = logits_V, logits_V.new_empty(tp.size * len(logits_V))
+            dist.all_gather_single(logits_V, part_V, group=tp.group)
+        return logits_V.cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """{"model": ..., "optim": ...}, by the parameter names of the whole model; tensors stay sharded."""
-        model, optim = get_state_dict(self.model, self.optimizer)
+        model, optim = get_state_dict(self.model, self.optimizer, options=_BY_NAME)
         return {"model": model, "optim": optim}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`, in place."""
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optim"],
+            options=_BY_NAME,
+        )
+        self._new_weights()
+
+    def _new_weights(self) -> None:
+        if self.transport is not None:
+            self.transport.new_weights()
+
+    def _next(self, tokens_1T: Tensor, wanted_T: Tensor) -> Tensor:
+        """(vocabulary / tp,) fp32: this rank's logits at the wanted of its tokens, or zeros."""
+        return self.model(tokens_1T)[0, wanted_T].float().sum(dim=0)
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         device = self.world.device

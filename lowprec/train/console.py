@@ -3,6 +3,7 @@
 On a pipe or in a log file the same lines come out as plain text. Only the first rank speaks.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,8 +47,9 @@ class Narrator:
         step, total = record["step"], self.total_steps
         left_s = (time.monotonic() - first_s) / max(step - first_step, 1) * (total - step)
         line = Text(f"step {step:>{len(str(total))}}/{total} {step / total:4.0%}  ")
-        line.append(f"loss {record['loss']:.4f}", style="bold")
-        line.append(f"  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  {_si(record['tokens_per_s'])} tok/s")
+        loss, norm = (math.nan if record[key] is None else record[key] for key in ("loss", "grad_norm"))
+        line.append(f"loss {loss:.4f}", style="bold")
+        line.append(f"  grad {norm:.3f}  lr {record['lr']:.2e}  {_si(record['tokens_per_s'])} tok/s")
         line.append(f"  data {record['data_s'] / record['step_s']:.0%}  {record['mem_bytes'] / 2**30:.2f} GiB")
         line.append(f"  eta {_clock(left_s)}")
         for key, label in (("val_loss", "val"), ("val_loss_high_precision", "val (high precision)")):

@@ -3,8 +3,6 @@
 The gap between the two tells what quantisation costs at evaluation from what training in it cost the weights.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.distributed as dist
 
@@ -35,7 +33,7 @@ def validation_loss(session: Session, stop: Stop, high_precision: bool) -> float
     engine, plan, world, batches = session.state.engine, session.plan, session.world, session.data.validation
     data_rank, data_size = world.data
     sums_N2 = torch.zeros(len(batches), 2, dtype=torch.float64, device=world.device)  # (loss sum, targets) per batch
-    with plan.high_precision() if high_precision else nullcontext():
+    with session.high_precision(high_precision):
         for first in range(0, len(batches), data_size):
             if stop.poll(world):
                 return None

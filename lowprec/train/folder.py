@@ -5,6 +5,7 @@
     plan.txt        the precision plan as printed
     data.json       fingerprint of tokenizer and text
     metrics.jsonl   the record (train/metrics.py)
+    events.jsonl    what the guard decided, one line a decision
     checkpoints/    one folder per step (train/checkpoint.py)
 
 A folder belongs to one run. Started again with settings that would have given other numbers, the command is refused.
@@ -36,6 +37,10 @@ class Folder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
 
     @property
     def checkpoints(self) -> Path:

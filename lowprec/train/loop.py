@@ -7,6 +7,8 @@ which is what keys its learning rate, its place in the precision schedule and it
 bears the number of steps done after it: 1 .. train.steps.
 """
 
+import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,12 +17,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from lowprec.config import to_dict
+from lowprec.config import GuardAction, to_dict
 from lowprec.data import Step
-from lowprec.model import cross_entropy, generate
+from lowprec.model import count_parameters, cross_entropy, generate
 from lowprec.optim import learning_rate
+from lowprec.train.checkpoint import UNSAVED
 from lowprec.train.evaluate import validation_losses
-from lowprec.train.guard import Diverged, Guard
+from lowprec.train.guard import Diverged, Verdict
 from lowprec.train.metrics import MetricsLog, Record, peak_memory_bytes
 from lowprec.train.session import Session
 from lowprec.train.signals import DIVERGED, REQUEUE, Stop
@@ -28,7 +31,7 @@ from lowprec.train.tracker import Tracker
 
 
 def train(session: Session, stop: Stop) -> int:
-    """Trains until `train.steps`, a stop or a divergence; returns the exit code (0, REQUEUE, DIVERGED)."""
+    """Trains until `train.steps`, a stop or a divergence; returns the exit code (0, REQUEUE, DIVERGED, UNSAVED)."""
     run, t, state, folder, out = session.run, session.run.train, session.state, session.folder, session.narrator
     with ExitStack() as resources:
         metrics = resources.enter_context(MetricsLog(folder.metrics, state.step)) if session.world.is_first else None
@@ -44,7 +47,11 @@ def train(session: Session, stop: Stop) -> int:
             tracker.finish(DIVERGED)
             return DIVERGED
         finally:
-            session.checkpoints.finish()
+            unsaved = session.checkpoints.finish()
+        if unsaved:
+            out.say(f"{unsaved}: what came after the newest checkpoint is lost; see to that and start again")
+            tracker.finish(UNSAVED)
+            return UNSAVED
         if state.step < t.steps:
             out.say(f"{reason}: stopped after step {state.step} of {t.steps}; the same command goes on from here")
             tracker.finish(REQUEUE)
@@ -59,12 +66,17 @@ def train(session: Session, stop: Stop) -> int:
 def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tracker) -> str | None:
     """Steps until the last one is done or a stop is asked for; returns the reason of a stop. Raises Diverged."""
     run, t, state, world, out = session.run, session.run.train, session.state, session.world, session.narrator
-    guard, watch, fingerprint = Guard(world.device), Stopwatch(), session.plan.fingerprint()
+    guard, watch, fingerprint = state.guard, Stopwatch(), session.plan.fingerprint()
+    parameters = count_parameters(run.model)["total"]
     reason = stop.poll(world)
     while state.step < t.steps and reason is None:
         done = train_step(session)
-        guard.watch(state.step, done.finite)
         watch.lap(done.data_s)
+        if done.verdict.what:
+            report(session, done, metrics)
+        if done.verdict.action is GuardAction.rollback:
+            roll_back(session, metrics)
+            continue
         is_last = state.step == t.steps
 
         validation: Record = {}
@@ -78,12 +90,16 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
             record: Record = {
                 "step": state.step,
                 "tokens": state.tokens,
-                "loss": done.loss.item(),
+                "loss": number(done.loss),
                 "lr": done.lr,
-                "grad_norm": done.grad_norm.item(),
+                "grad_norm": number(done.grad_norm),
             }
             record |= watch.record(t.global_batch * run.data.seq_len)
-            record |= {"mem_bytes": peak_memory_bytes(world.device), "plan": fingerprint} | done.reset | validation
+            record |= {"mem_bytes": peak_memory_bytes(world.device), "plan": fingerprint}
+            if world.size > 1:
+                sent = sum(done.wire_bytes.values())
+                record |= {"wire_bytes": done.wire_bytes, "wire_bytes_per_param": sent / parameters}
+            record |= guard.record() | done.reset | validation
             if metrics:
                 metrics.write(record)
                 out.step(record)
@@ -105,10 +121,11 @@ class Done:
 
     loss: torch.Tensor  # fp32, nats
     grad_norm: torch.Tensor  # fp32, before clipping
-    finite: torch.Tensor  # bool: both are numbers
+    verdict: Verdict
     lr: float
     data_s: float  # waiting for data
     reset: Record  # of de-oscillation, {} where it did not act
+    wire_bytes: dict[str, int]  # by collective
 
 
 def train_step(session: Session) -> Done:
@@ -120,18 +137,61 @@ def train_step(session: Session) -> Done:
 
     plan.at(state.step / t.steps)
     plan.clock.step = state.step
-    loss = forward_backward(session, batch)
+    state.engine.wire_bytes()  # what validation has sent is not the step's
+    with session.high_precision(state.guard.raises(state.step)):
+        loss = forward_backward(session, batch)
     grad_norm = state.engine.clip(t.clip_norm)
+    verdict = state.guard.judge(state.step + 1, loss, grad_norm)
     lr = learning_rate(state.step, t.steps, run.schedule, run.optim.lr)
     state.oscillation.before_update(state.step)
-    state.engine.update(lr)
-    finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-    plan.end_step(state.step, accept=finite)
+    if verdict.updates:
+        state.engine.update(lr)
+    else:
+        state.engine.drop_gradients()
+    accept = torch.isfinite(loss) & torch.isfinite(grad_norm) & verdict.updates
+    plan.end_step(state.step, accept, session.world.stage)
+    state.engine.end_step(accept)
     reset = state.oscillation.after_update(state.step)
 
     state.step += 1
     state.tokens += t.global_batch * run.data.seq_len
-    return Done(loss, grad_norm, finite, lr, data_s, reset)
+    return Done(loss, grad_norm, verdict, lr, data_s, reset, state.engine.wire_bytes())
+
+
+def report(session: Session, done: Done, metrics: MetricsLog | None) -> None:
+    """Says what the guard decided, and writes it to events.jsonl."""
+    state, verdict = session.state, done.verdict
+    loss, norm, action = done.loss.item(), done.grad_norm.item(), verdict.action.name
+    session.narrator.say(f"step {state.step}: {verdict.what} (loss {loss:.4g}, gradient norm {norm:.4g}): {action}")
+    if metrics:
+        event = {"step": state.step, "what": verdict.what, "action": action, "loss": f"{loss:g}",
+                 "grad_norm": f"{norm:g}", "attempt": metrics.attempt} | state.guard.counts  # fmt: skip
+        with session.folder.events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+def roll_back(session: Session, metrics: MetricsLog | None) -> None:
+    """Back to the newest checkpoint, with the data from there to here passed over; a collective. Raises Diverged."""
+    state, bad_step, counts = session.state, session.state.step, dict(session.state.guard.counts)
+    session.checkpoints.finish()
+    target = session.checkpoints.latest()
+    if target is None:
+        raise Diverged(
+            f"step {bad_step}: guard=rollback finds no checkpoint to go back to; set train.checkpoint_every, "
+            "or choose guard=skip"
+        )
+    session.checkpoints.load(state, target)
+    state.loader.skip(bad_step - state.step)
+    state.guard.counts = counts
+    if metrics:
+        metrics.rewind(state.step)
+    session.narrator.say(f"back to step {state.step}; the data of {bad_step - state.step} steps is passed over")
+
+
+def number(x: torch.Tensor) -> float | None:
+    """A scalar for a record; what is not finite is null there."""
+    value = x.item()
+    return value if math.isfinite(value) else None
 
 
 def forward_backward(session: Session, batch: Step) -> torch.Tensor:

@@ -13,6 +13,9 @@
     attempt                  always       1 for the first start of this run folder, 2 after the first restart, ...
     val_loss                 evaluation   validation loss with the recipe on
     val_loss_high_precision  evaluation   validation loss of the same weights with every layer unquantised
+    wire_bytes               several ranks  {collective: logical bytes of this step for the first rank} (comm/meter.py)
+    wire_bytes_per_param     several ranks  their sum, by the number of parameters of the whole model
+    guard_<what>             acted        spikes, skips, rollbacks, raises so far (train/guard.py)
     osc_ratio                reset        share of the tracked weights that de-oscillation has set to their value
     osc_mean                 reset        their mean d_Q / d_w over the window, weighted by d_w
 
@@ -23,6 +26,7 @@ ignore. A resumed run first drops the lines of steps it will do again: there is 
 in between.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -52,9 +56,16 @@ class MetricsLog:
     """Appends to `path` what comes after `resumed_step`; `attempt` counts the starts that logged a step."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        old = read_metrics(path)
-        self.attempt = 1 + max((record["attempt"] for record in old), default=0)
-        kept = "".join(json.dumps(record) + "\n" for record in old if record["step"] <= resumed_step)
+        self.attempt = 1 + max((record["attempt"] for record in read_metrics(path)), default=0)
+        self._path, self._file = path, path.open("a", encoding="utf-8")
+        self._unwritten: list[str] = []
+        self.rewind(resumed_step)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines of steps after `step`, which are done again."""
+        self._file.close()
+        old, path = read_metrics(self._path), self._path
+        kept = "".join(json.dumps(record) + "\n" for record in old if record["step"] <= step)
         draft = path.with_suffix(".tmp")
         draft.write_text(kept, encoding="utf-8")
         os.replace(draft, path)
@@ -67,14 +78,28 @@ class MetricsLog:
         self._file.close()
 
     def write(self, record: Record) -> None:
-        """Adds `attempt` to `record` and appends it."""
+        """Adds `attempt` to `record` and appends it. Lines that a full disk refuses are kept and written later."""
         record["attempt"] = self.attempt
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._unwritten.append(json.dumps(record, allow_nan=False) + "\n")
+        self._write()
+
+    def _write(self) -> None:
+        whole_bytes = self._path.stat().st_size
+        try:
+            self._file.write("".join(self._unwritten))
+            self._file.flush()
+        except OSError:  # other ranks go on, so this one must; `save` says that the disk is full
+            os.truncate(self._path, whole_bytes)
+            self._file = self._path.open("a", encoding="utf-8")
+        else:
+            self._unwritten.clear()
 
     def sync(self) -> None:
         """Puts the lines on the disk: a checkpoint must never be newer than the record."""
-        os.fsync(self._file.fileno())
+        if self._unwritten:
+            self._write()
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
 
 
 def peak_memory_bytes(device: torch.device) -> int:

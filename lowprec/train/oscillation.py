@@ -70,13 +70,14 @@ class Track:
 class Oscillation:
     """Watches and resets the weights of a plan. Without ``deoscillation:`` in its precision file it does nothing."""
 
-    def __init__(self, plan: Plan, steps: int, dtype: torch.dtype) -> None:
-        """plan: applied to the model; steps: of the whole run; dtype: what the layers compute in.
+    def __init__(self, plan: Plan, steps: int, dtype: torch.dtype, group: dist.ProcessGroup | None = None) -> None:
+        """plan: applied to the model; steps: of the whole run; dtype: what the layers compute in; group: the ranks that
+        hold parts of the same layers (a pipeline stage), None = all.
 
         Raises:
             ValueError: if a weight to be watched has no quantised value of its own.
         """
-        self.plan, self.steps, self.dtype = plan, steps, dtype
+        self.plan, self.steps, self.dtype, self.group = plan, steps, dtype, group
         self.setting = plan.precision.deoscillation
         self.tracks: dict[str, Track] = {}  # the open window, by layer
         refuse(plan)
@@ -101,9 +102,10 @@ class Oscillation:
             {} but at the end of a window: then ``osc_ratio``, the share of tracked weights that was reset, and
             ``osc_mean``, the mean of d_Q / d_w over tracked weights, weighted by d_w.
         """
-        if not self.tracks or self.setting is None:
+        if self.setting is None or self.setting.window_of(step, self.steps) is None:
             return {}
-        ends, sums = (step + 1) % self.setting.every == self.setting.window % self.setting.every, []
+        ends = (step + 1) % self.setting.every == self.setting.window % self.setting.every
+        sums = [torch.zeros(4, dtype=torch.float64, device=self._device)]  # all there is where nothing is tracked
         for name, master_NK, quantised_NK in self._on_shards(quantised, {n: t.format for n, t in self.tracks.items()}):
             track, master, value = (
                 self.tracks[name],
@@ -124,7 +126,9 @@ class Oscillation:
             return {}
         self.tracks = {}
         total = torch.stack(sums).sum(0)
-        _all_reduce(total, dist.ReduceOp.SUM)
+        _all_reduce(total, dist.ReduceOp.SUM, None)  # of all pipeline stages
+        if total[1] == 0:
+            return {}
         share, mean = total[0] / total[1], total[2] / total[3]
         return {"osc_ratio": share.item(), "osc_mean": mean.float().nan_to_num(0.0).item()}
 
@@ -180,6 +184,10 @@ class Oscillation:
         assert self.setting is not None
         return math.ceil(self.setting.sample * self.plan.layers[name].in_features)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.plan.layers.values())).weight.device
+
     def _local(self, name: str) -> Tensor:
         """The rows (n, K) of the layer's master weight that this rank holds; writing to them changes the weight."""
         weight = self.plan.layers[name].weight.detach()
@@ -208,7 +216,7 @@ class Oscillation:
                 [part.amax().float() if part.numel() else part.new_zeros(()).float() for part in parts]
             )
             stacked = stacked.nan_to_num(torch.inf, torch.inf)
-            _all_reduce(stacked, dist.ReduceOp.MAX)
+            _all_reduce(stacked, dist.ReduceOp.MAX, self.group)
             maxima = dict(zip(needed, stacked.unbind(), strict=True))
         for name, format in formats.items():
             local, weight = self._local(name), self.plan.layers[name].weight
@@ -240,7 +248,7 @@ def straddles(format: Format, weight: Tensor) -> bool:
 
 
 def weight_formats(plan: Plan, progress: float) -> dict[str, Format]:
-    """The layers whose weight the forward product quantises at this progress, and how. Raises ValueError."""
+    """The layers here whose weight the forward product quantises at this progress, and how. Raises ValueError."""
     recipes, found = plan.precision.at(progress), {}
     for entry in plan.entries:
         fprop: Gemm = recipes[entry.recipe].fprop
@@ -251,7 +259,8 @@ def weight_formats(plan: Plan, progress: float) -> dict[str, Format]:
                 f"deoscillation: recipe {entry.recipe} rotates or splits the weight of fprop or rounds it"
                 " stochastically, so a weight has no quantised value of its own to be set to; leave deoscillation out"
             )
-        found[entry.layer] = fprop.b.format
+        if entry.layer in plan.layers:  # not on another pipeline stage
+            found[entry.layer] = fprop.b.format
     return found
 
 
@@ -262,6 +271,6 @@ def refuse(plan: Plan) -> None:
             weight_formats(plan, progress)
 
 
-def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(x, op)
+def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(x, op, group)

@@ -3,6 +3,8 @@
 All that a user can get wrong is found in here and raised as a ValueError, on every rank alike; cheap checks come first.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from lowprec.parallel import World, parallelize
 from lowprec.train.checkpoint import Checkpoints, committed
 from lowprec.train.console import Narrator
 from lowprec.train.folder import Folder, open_folder, refuse_other_data
+from lowprec.train.guard import Guard
 from lowprec.train.oscillation import Oscillation, refuse
 from lowprec.train.state import TrainState
 
@@ -36,6 +39,17 @@ class Session:
     folder: Folder
     checkpoints: Checkpoints
     narrator: Narrator
+
+    @contextmanager
+    def high_precision(self, on: bool = True) -> Iterator[None]:
+        """Inside, if `on`, every layer runs unquantised; weights that were gathered as codes are gathered again."""
+        if not on:
+            yield
+            return
+        self.state.engine.regather()
+        with self.plan.high_precision():
+            yield
+        self.state.engine.regather()
 
 
 def check(run: Run) -> None:
@@ -76,11 +90,11 @@ def open_session(run: Run, world: World) -> Session | None:
 
     model, plan = plan_model(run)
     make_optimizer = partial(build_optimizer, config=run.optim)
-    engine = parallelize(model, plan, world, run.parallel, DTYPES[t.dtype], make_optimizer)
+    engine = parallelize(model, plan, world, run.parallel, run.comm, DTYPES[t.dtype], make_optimizer)
     loader = Loader(data.train, run.data.seq_len, t.global_batch, t.micro_batch, *world.data, run.seed)
     oscillation = Oscillation(plan, t.steps, DTYPES[t.dtype])
-    state = TrainState(engine, loader, plan, oscillation)
-    checkpoints = Checkpoints(folder.checkpoints, world, t.keep_last, t.keep_every, t.checkpoint_async)
+    state = TrainState(engine, loader, plan, oscillation, Guard(run.guard, world.device))
+    checkpoints = Checkpoints(folder.checkpoints, world, t.keep_last, t.keep_every, t.checkpoint_async, narrator.say)
     checkpoints.clean()
     if done:
         if missing := checkpoints.load(state, done):
@@ -89,9 +103,10 @@ def open_session(run: Run, world: World) -> Session | None:
         engine.init_weights(run.seed)
 
     table = plan.table(t.micro_batch * run.data.seq_len, DTYPES[t.dtype], world.device)
+    table = "\n".join([table, *engine.remarks])
     if world.is_first:
         folder.keep("plan.txt", table + "\n")
     narrator.say(table)
-    begins = f"resumes after step {done}" if done else "starts"
+    begins = f"resumes after step {state.step}" if done else "starts"
     narrator.say(f"{begins}, {t.steps} steps, {world.size} x {world.device.type}: {folder.path}")
     return Session(run, world, plan, data, state, folder, checkpoints, narrator)

@@ -50,7 +50,7 @@ def documents(tokens, batch=2):
 
 
 def bias_of(ids, dtype=torch.float32):
-    return Context.of(MODEL, ids, ids, dtype).bias_B1TT
+    return Context.of(MODEL, ids, ids, dtype).bias_B1TU
 
 
 def softmax_attention(q, k, v, bias):

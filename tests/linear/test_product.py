@@ -8,7 +8,6 @@ import torch
 
 from lowprec.linear import Call, Gemm, LinearRecipe, Operand, Policy, QuantizedLinear, Rotation, load_recipe
 from lowprec.linear.product import product
-from lowprec.linear.recipe import shard_refusal
 from lowprec.linear.split import ChannelSplit, LowRankSplit, MeanSplit, ResidualSplit
 from lowprec.linear.state import LayerState, end_step, memories_of
 from lowprec.numerics import ELEMENTS, FORMATS, Clock, Element, Format, Stream, rotate, sqnr_db
@@ -229,16 +228,6 @@ def test_keeping_codes_changes_no_number(name):
         y.square().sum().backward()
         found.append((x.grad, layer.weight.grad))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
-
-
-def test_blocks_may_not_straddle_tensor_parallel_ranks():
-    """A weight is cut only where blocks and rotations stay whole; the refusal says which would not."""
-    nv, deepseek = load_recipe("nvfp4"), load_recipe("fp8_blockwise")
-    assert shard_refusal(nv, 256, 256, 4, 0) is None and shard_refusal(nv, 256, 256, 4, 1) is None
-    assert "16x16 (w of fprop) would straddle" in shard_refusal(nv, 96, 256, 4, 0)
-    assert "128x128" in shard_refusal(deepseek, 256, 1024, 4, 0)
-    assert "do not divide" in shard_refusal(nv, 250, 256, 4, 0)
-    assert "rotation of fprop" in shard_refusal(load_recipe("halo2_fp8"), 256, 256, 2, 1)
 
 
 def test_formats_that_count_zeros_are_not_padded():

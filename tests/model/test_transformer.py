@@ -115,8 +115,8 @@ def test_cpu_attention_equals_torch(length, kv_heads):
     torch.manual_seed(length)
     q, k, v = (torch.randn(2, h, length, 8, requires_grad=True) for h in (4, kv_heads, kv_heads))
     context = Context.of(ModelConfig(), torch.zeros(2, length, dtype=torch.int64), None, torch.float32)
-    assert context.bias_B1TT is not None
-    ours = attend(q, k, v, context.bias_B1TT)
+    assert context.bias_B1TU is not None
+    ours = attend(q, k, v, context.bias_B1TU)
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (ours, theirs))):
@@ -129,7 +129,7 @@ def test_long_sequences_take_torch_attention_and_agree(monkeypatch):
     ids = torch.arange(40).expand(2, 40) // 13
     blocked = model(x_BT), model(x_BT, ids)
     monkeypatch.setattr("lowprec.model.attention._BLOCKED_MAX_TOKENS", 8)
-    assert Context.of(model.config, x_BT, None, torch.float32).bias_B1TT is None
+    assert Context.of(model.config, x_BT, None, torch.float32).bias_B1TU is None
     for ours, theirs in zip(blocked, (model(x_BT), model(x_BT, ids))):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -139,7 +139,7 @@ def test_cpu_attention_is_accurate_in_bf16():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, h, 256, 64).bfloat16() for h in (4, 2, 2))
     context = Context.of(ModelConfig(), torch.zeros(1, 256, dtype=torch.int64), None, torch.bfloat16)
-    y = attend(q, k, v, context.bias_B1TT).double()
+    y = attend(q, k, v, context.bias_B1TU).double()
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
     assert 10 * torch.log10(exact.square().sum() / (y - exact).square().sum()) > 45
 
