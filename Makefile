@@ -17,10 +17,10 @@ RUN_ENV := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
 DEV_ENV := $(if $(RUN_ENV),$(VENV)/.installed-dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart check lint format types imports test bench docs env dev clean
+.PHONY: help quickstart check lint format types imports test test-distributed bench docs env dev clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
 quickstart: $(RUN_ENV)  ## train a small model in NVFP4 on this machine (about two minutes; no GPU, no download of data)
 	$(PY) launch/train.py recipe=quickstart $(ARGS)
@@ -43,6 +43,9 @@ imports: $(DEV_ENV)  ## import-linter: who may import whom
 
 test: $(DEV_ENV)  ## pytest; TESTS="tests/linear -x" chooses
 	$(PY) -m pytest $(TESTS)
+
+test-distributed: $(DEV_ENV)  ## the part of `make test` that starts several processes: layouts, communication, faults
+	$(PY) -m pytest $(TESTS) -m distributed
 
 bench: $(RUN_ENV)  ## one linear layer, forward + backward, every recipe against bf16 and fp32
 	$(PY) tools/bench_linear.py $(ARGS)

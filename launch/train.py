@@ -10,17 +10,21 @@ sentence before that.
 
 Hydra's own command line is not used: every rank would write log folders, and its errors are stack traces.
 
-Exit codes: 0 finished (or was finished before) · 2 the command or a setting is wrong · 70 the loss diverged · 75
-stopped by a signal or the time limit and saved: start the same command again.
+Exit codes: 0 finished (or was finished before) · 2 the command, a setting or a file is wrong · 70 the loss diverged ·
+74 a disk could not be written · 75 stopped by a signal or the time limit and saved, or another rank was lost: start the
+same command again. The run folder's file `exit_code` says the same to a scheduler, whatever torchrun makes of it.
 """
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -45,53 +49,121 @@ import lowprec.recipes
 from lowprec.config import Run, check_world, load
 from lowprec.model import count_parameters, flops_per_token
 from lowprec.parallel import end_process, start_world, stop_world
-from lowprec.train import Stop, check, open_session, plan_model, train
+from lowprec.train import REQUEUE, Stop, check, laid_out, open_session, plan_model, train
+from lowprec.train.checkpoint import UNSAVED
+from lowprec.train.signals import Stopped
+from lowprec.train.watchdog import leave, lost_contact
 
 SHIPPED = Path(lowprec.recipes.__path__[0])
 GROUPS = ("recipe", *get_type_hints(Run))  # folders of YAML files, in recipes/ and in a user's --config-dir
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code (see above)."""
+    """Returns the exit code (see above). A process that has lost another rank does not return, it ends."""
     options = parse(sys.argv[1:] if argv is None else argv)
-    is_first = os.environ.get("RANK", "0") == "0"
+    stop, run, session = Stop(), None, None
     try:
-        choices = groups([SHIPPED, *options.config_dir])
-        if options.help:
-            print(help_text(choices) if is_first else "", end="")
-            return 0
-        check_overrides(options.overrides, choices)
-        config = compose_run(options.overrides, options.config_dir)
-        if options.cfg:
-            print(OmegaConf.to_yaml(config) if is_first else "", end="")
-            return 0
-        run = load(config)
-        check_world(run, int(os.environ.get("WORLD_SIZE", "1")))
-        if options.plan and is_first:
-            print(size_of(run))
-        stop = Stop(run.train.time_limit_s)
-        _, plan = plan_model(run)  # a rule that does not fit is found here, before any data is read
-        if options.plan:
-            print(plan.table(run.train.micro_batch * run.data.seq_len) if is_first else "")
-            return 0
-        check(run)
-        session = open_session(run, start_world(run.parallel))
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        stop_world()
-        if is_first:
-            print(f"lowprec-train: {explain(error)}", file=sys.stderr, flush=True)
-        else:
+        with stop.at_once():
+            run = prepare(options, stop)
+            if run is None:  # it asked for a text, which was printed
+                return 0
+            session = open_session(run, start_world(run.parallel))
+        if session and is_first():
+            keep_code(run, REQUEUE)  # what a killed process leaves behind
+        code = train(session, stop) if session else 0
+    except BaseException as error:
+        step = session.state.step if session else None
+        code, sentence = outcome(error, stop, step)
+        keep_code(run, code, unless_kept=code == REQUEUE)
+        if not sentence:
+            raise
+        if code == 2 and step is None and not is_first():
             time.sleep(3)  # torchrun ends all ranks when one has failed: let the first rank speak
-        return 2
-    try:
-        return train(session, stop) if session else 0
+        else:
+            print(f"lowprec-train: {sentence}", file=sys.stderr, flush=True)
+        if lost_contact(error):
+            leave(code)
+        return code
     finally:
         stop_world()
+    if is_first():
+        keep_code(run, code)
+    return code
+
+
+def prepare(options: argparse.Namespace, stop: Stop) -> Run | None:
+    """The checked run, or None if a text was asked for instead. Raises what `outcome` explains."""
+    choices = groups([SHIPPED, *options.config_dir])
+    if options.help:
+        print(help_text(choices) if is_first() else "", end="")
+        return None
+    check_overrides(options.overrides, choices)
+    config = compose_run(options.overrides, options.config_dir)
+    if options.cfg:
+        print(OmegaConf.to_yaml(config) if is_first() else "", end="")
+        return None
+    run, ranks = load(config), int(os.environ.get("WORLD_SIZE", "1"))
+    if options.plan and is_first():
+        print(size_of(run))
+    stop.limit(run.train.time_limit_s)
+    _, plan = plan_model(run)  # a rule that does not fit is found here, before any data is read
+    run, why = laid_out(run, plan, ranks)
+    check_world(run, ranks)
+    if why and is_first():
+        print(why, flush=True)
+    if options.plan:
+        print(plan.table(run.train.micro_batch * run.data.seq_len) if is_first() else "")
+        return None
+    check(run)
+    return run
+
+
+def outcome(error: BaseException, stop: Stop, step: int | None) -> tuple[int, str]:
+    """(exit code, the sentence that says why); "" if this is no mishap but a bug, of which the stack trace is wanted.
+
+    step: steps done, or None if the error came before the first one could be.
+    """
+    again = "start the same command again"
+    if step is None and stop.received and isinstance(error, (Stopped, ValueError)):  # DCP wraps what it meets
+        return REQUEUE, f"{stop.received} received before the first step, so nothing was lost: {again}"
+    if wire := lost_contact(error):
+        when = "before the first step" if step is None else f"in step {step + 1}"
+        return REQUEUE, f"rank {os.environ.get('RANK', '0')} lost contact to another rank {when} ({wire}): {again}"
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+        when = "" if step is None else f", in step {step + 1}"
+        return UNSAVED if full else 2, f"{_one_line(explain(error))}{when}; see to that and {again}"
+    if step is None and isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)):
+        return 2, explain(error)
+    return 1, ""
+
+
+def keep_code(run: Run | None, code: int, unless_kept: bool = False) -> None:
+    """Writes `exit_code` into the run folder, for schedulers; where it cannot be written there is none."""
+    if run is None or not (code == REQUEUE or Path(run.run.dir).is_dir()):
+        return
+    file = Path(run.run.dir) / "exit_code"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not (unless_kept and file.exists()):
+            file.write_text(f"{code}\n", encoding="utf-8")
+    except OSError:
+        with suppress(OSError):
+            file.unlink()
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def command() -> None:
-    """The console script: `main`, and an end that no thread can turn into an abort."""
-    end_process(main())
+    """The console script: `main`, and an end that no thread can turn into an abort or hold up."""
+    try:
+        end_process(main())
+    except Exception:
+        traceback.print_exc()
+        leave(1)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -248,6 +320,8 @@ def explain(error: BaseException) -> str:
     """One sentence out of what Hydra, OmegaConf or YAML raised; a ValueError of ours is one already."""
     if isinstance(error, yaml.YAMLError):
         return f"a recipe is not valid YAML: {_one_line(str(error))}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return _one_line(str(error))
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)

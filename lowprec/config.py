@@ -20,6 +20,7 @@ from lowprec.data import DataConfig
 from lowprec.model import ModelConfig
 from lowprec.optim import OptimConfig, ScheduleConfig
 from lowprec.parallel import EngineKind, ParallelConfig, Recompute
+from lowprec.parallel.pipeline import check_micros, check_stages
 
 
 class ComputeDtype(Enum):
@@ -159,6 +160,8 @@ def check_world(run: Run, ranks: int) -> None:
             f"train.micro_batch={t.micro_batch}), which {data} data-parallel ranks cannot share evenly: "
             f"make it a multiple of {data}, e.g. train.global_batch={t.micro_batch * data * -(-micros // data)}"
         )
+    check_stages(run.model, sizes["pp"], run.parallel.virtual_stages)
+    check_micros(sizes["pp"], run.parallel.virtual_stages, micros // data, t.micro_batch, data)
 
 
 # Settings that may differ when a run is continued: they change neither what is computed nor in which order (the guard

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from lowprec.launch.train import compose_run
 from lowprec.linear import Gemm, LinearRecipe, Operand, Plan, Policy, QuantizedLinear, load_precision, load_recipe
-from lowprec.linear.precision import RECIPES_FOLDER
 from lowprec.linear.cut import cut_refusal
+from lowprec.linear.precision import RECIPES_FOLDER
 from lowprec.linear.recipe import GEMM_OPERANDS
 from lowprec.linear.state import end_step
 from lowprec.model import ModelConfig, build

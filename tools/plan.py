@@ -38,10 +38,10 @@ from lowprec.parallel import EngineKind
 from lowprec.parallel.account import account
 from lowprec.parallel.auto import propose, this_machine
 from lowprec.parallel.estimate import HARDWARE, Hardware
-from lowprec.parallel.job import job_of, uncuttable
+from lowprec.parallel.job import uncuttable
 from lowprec.parallel.layout import Job, Layout
 from lowprec.train import plan_model
-from lowprec.train.session import DTYPES
+from lowprec.train.session import job_of_run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         hardware = hardware_of(options)
         _, plan = plan_model(run)
-        job = job_of_run(run, plan, hardware)
+        job = job_of_run(run, plan, hardware.per_node, hardware.name == "cpu")
         if options.parallel or run.parallel.auto:
             proposal = propose(job, options.world, hardware, run.parallel, uncuttable(plan, run.data.seq_len))
             if options.parallel:
@@ -110,23 +110,6 @@ def hardware_of(options: argparse.Namespace) -> Hardware:
     hardware = dataclasses.replace(known, **{key: value for key, value in given.items() if value is not None})
     assert hardware.flops_per_s > 0  # or the precision is refused here
     return hardware
-
-
-def job_of_run(run: Run, plan: Plan, hardware: Hardware) -> Job:
-    """What is trained, for accounts."""
-    return job_of(
-        run.model,
-        plan,
-        run.comm,
-        run.optim,
-        micro_batch=run.train.micro_batch,
-        seq_len=run.data.seq_len,
-        global_batch=run.train.global_batch,
-        dtype=DTYPES[run.train.dtype],
-        documents=run.data.document_masking,
-        cpu=hardware.name == "cpu",
-        ranks_per_node=hardware.per_node,
-    )
 
 
 def text(run: Run, plan: Plan, job: Job, layout: Layout) -> str:

@@ -19,14 +19,16 @@ from __future__ import annotations
 
 
 class Meter:
-    """Bytes by name since the last :meth:`take`."""
+    """Bytes by name since the last :meth:`take`; `calls` counts all collectives ever."""
 
     def __init__(self) -> None:
         self._bytes: dict[str, int] = {}
+        self.calls = 0
 
     def add(self, name: str, count_bytes: int) -> None:
         """Count a collective."""
         self._bytes[name] = self._bytes.get(name, 0) + count_bytes
+        self.calls += 1
 
     def take(self) -> dict[str, int]:
         """{name: bytes}, sorted by name; counting starts anew."""

@@ -206,7 +206,7 @@ def aligned_run(cut: Cut, rows: int) -> int:
     return math.gcd(rows, *begins.nonzero()[:, 0].tolist(), *index[begins].tolist())
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _places(cut: Cut, rows: int, padded: int) -> Tensor:
     return F.pad(positions(cut, rows), (0, padded - rows))  # zeros are rounded to zero whatever their noise
 

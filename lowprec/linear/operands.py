@@ -184,7 +184,7 @@ def _energy(x_TF: Tensor, split: ChannelSplit | ResidualSplit, call: Call) -> Te
     now = x_TF.float().square().sum(dim=0)
     if not isinstance(split, ChannelSplit) or split.collect is None or call.state is None:
         return now
-    if call.observe:
+    if call.observe and all(cut.rank == 0 for cut in call.cuts.values()):  # sums: once for all ranks that see the same
         call.state.observe("x.energy", now, call.stream.micro)
     return call.state.total("x.energy", call.stream.step)
 
@@ -248,9 +248,7 @@ def prepare_part(role: str, side: Side, x: Matrix, gemm: Gemm, chosen: Backend, 
     return chosen.prepare(x, gemm, side, call.stream, role, amax, window_of(role, side, x, operand, call))
 
 
-def shared_amax(
-    role: str, name: str, x: Tensor, operand: Operand, inner: Rotation | None, call: Call
-) -> Tensor | None:
+def shared_amax(role: str, name: str, x: Tensor, operand: Operand, inner: Rotation | None, call: Call) -> Tensor | None:
     """The maximum of all ranks' parts of an operand that is cut, () or (rows, 1) fp32; None where x's own will do."""
     cuts = sharing(role, name, operand.format, call)
     if not cuts:

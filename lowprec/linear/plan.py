@@ -200,9 +200,7 @@ class Plan:
             for core, attention in cores:
                 core.recipe = attention
 
-    def end_step(
-        self, step: int, accept: torch.Tensor | None = None, group: dist.ProcessGroup | None = None
-    ) -> None:
+    def end_step(self, step: int, accept: torch.Tensor | None = None, group: dist.ProcessGroup | None = None) -> None:
         """After the optimizer: let the layers remember what they saw (see :func:`lowprec.linear.state.end_step`)."""
         self.policy.shared.clear()
         state.end_step(self.states, step, accept, group)

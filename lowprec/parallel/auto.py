@@ -4,7 +4,8 @@ The search is exhaustive and deterministic: all ways to factor the ranks into th
 recomputation, weights kept between forward and backward, and interleaved stages. A layout is rejected, with a reason,
 if it does not divide the model or the batch, if tensor parallelism would leave a node (arXiv:2104.04473 and, on
 Frontier, arXiv:2312.12705 found that too slow), or if its account does not fit the memory. Of the others, those within
-5 % of the shortest estimated step cannot be told apart by an estimate; the simplest of these is taken.
+5 % of the shortest estimated step cannot be told apart by an estimate; the simplest of these is taken. Where all ranks
+share a node, sharding alone (FSDP2) is taken if it fits.
 
 The micro-batch is the user's: tensor scales span one, so it belongs to the recipe. Whatever else the user has set is
 kept too: sizes above one, recomputation, interleaving, kept weights.
@@ -26,6 +27,8 @@ from lowprec.parallel.layout import Job, Layout, Stages, refusal
 
 TOLERANCE = 0.05
 """Estimated steps that differ by less are taken as equal."""
+PLAIN = (0, 0, 1, False)
+"""Complexity of sharding alone."""
 _LEVELS = {Recompute.none: 0, Recompute.selective: 1, Recompute.full: 2}
 
 
@@ -149,13 +152,16 @@ def propose(
         found += [Candidate(sizes, why)] if why else _accounted(stages, sizes, hardware, wishes)
     fitting = sorted((c for c in found if not c.rejected), key=_order)
     others = sorted((c for c in found if c.rejected), key=lambda c: (c.account is None, _order(c)))
-    chosen = None
-    if fitting:
-        near = [c for c in fitting if _step(c) <= _step(fitting[0]) * (1 + TOLERANCE)]
-        chosen = min(near, key=lambda c: (c.complexity, _order(c)))
-        why = _reason(chosen, near, fitting, others)
-    else:
+    if not fitting:
         why = _remedy(job, ranks, hardware, wishes, refuse, others)
+        return Proposal(job, ranks, hardware, tuple(others), None, why)
+    near = [c for c in fitting if _step(c) <= _step(fitting[0]) * (1 + TOLERANCE)]
+    chosen = min(near, key=lambda c: (c.complexity, _order(c)))
+    plain = [c for c in fitting if c.complexity == PLAIN and ranks <= hardware.per_node]
+    if plain:
+        chosen, why = plain[0], f"{plain[0].layout}: all ranks share a node, and sharding alone fits"
+    else:
+        why = _reason(chosen, near, fitting, others)
     return Proposal(job, ranks, hardware, (*fitting, *others), chosen, why)
 
 
@@ -176,7 +182,7 @@ def meshes(ranks: int, wishes: ParallelConfig) -> Iterator[Layout]:
 
 def _accounted(stages: Stages, sizes: Layout, hardware: Hardware, wishes: ParallelConfig) -> Iterator[Candidate]:
     """The ways to use a mesh, each with account and estimate; rejected where it does not fit."""
-    levels = [wishes.recompute] if wishes.recompute is not Recompute.none else list(Recompute)
+    levels: list[Recompute] = [wishes.recompute] if wishes.recompute is not Recompute.none else list(Recompute)
     if stages.job.kept:  # codes of inputs are kept, which full recomputation would keep in addition
         levels = [level for level in levels if level is not Recompute.full]
     depths = [1] if sizes.pp == 1 else [wishes.virtual_stages] if wishes.virtual_stages > 1 else [1, 2, 4]
@@ -249,7 +255,7 @@ def _reason(chosen: Candidate, near: list[Candidate], fitting: list[Candidate], 
             text += f", and none of the {len(near) - 1} within {TOLERANCE:.0%} is simpler"
     else:
         text += f"it is the simplest of the {len(near)} within {TOLERANCE:.0%} of the shortest step ({best.layout})"
-    plain = [c for c in others if c.complexity == (0, 0, 1, 0)]
+    plain = [c for c in others if c.complexity == PLAIN]
     return text + "".join(f"; plain {c.layout} is out: {c.rejected}" for c in plain[:1])
 
 

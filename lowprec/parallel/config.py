@@ -49,11 +49,14 @@ class ParallelConfig:
         True  # false keeps gathered weights until the backward pass: more memory, less traffic
     )
     timeout_s: int = 1800  # a collective that waits longer than this ends the run
+    hang_s: float = 600.0  # without progress for so long, the rank that hangs is named and the run ends; 0 = off
     zero_stage: int = 2  # of the deepspeed engine: 1, 2 or 3
     deepspeed: dict[str, Any] = field(default_factory=dict)  # its own settings, passed through
 
     def sizes(self, ranks: int) -> dict[str, int]:
         """{axis: size} for so many ranks, outermost first. Raises ValueError if they cannot be laid out like this."""
+        if self.hang_s < 0:
+            raise ValueError(f"parallel.hang_s={self.hang_s} must not be negative (0 switches the watchdog off)")
         sizes = {axis: getattr(self, axis) for axis in AXES}
         for axis, size in sizes.items():
             if size < 0:
@@ -62,13 +65,15 @@ class ParallelConfig:
         if len(free) > 1:
             raise ValueError(f"parallel.{' and parallel.'.join(free)} are both 0 (all that are left): give one a size")
         fixed = prod(size for size in sizes.values() if size)
-        text = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one process"
+        text = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
         if free:
             if ranks % fixed:
                 raise ValueError(
                     f"parallel: {ranks} ranks are no multiple of {text}; start a multiple of {fixed}, or change a size"
                 )
             sizes[free[0]] = ranks // fixed
+        elif fixed == 1 and ranks > 1:
+            raise ValueError(f"parallel: this layout is of one process, but {ranks} were started; choose parallel=fsdp")
         elif fixed != ranks:
             raise ValueError(
                 f"parallel: {text} needs {fixed} ranks, but {ranks} were started; start {fixed} "

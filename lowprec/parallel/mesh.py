@@ -19,6 +19,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lowprec.parallel.config import AXES, ParallelConfig
 
@@ -41,6 +42,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh  # axes pp, replicate, shard, cp, tp
+    timeout: timedelta  # of a collective
     control: dist.ProcessGroup  # gloo: small host-side agreements (stop flags, counts)
     storage: (
         dist.ProcessGroup
@@ -64,12 +66,17 @@ class World:
     @cached_property
     def fsdp(self) -> DeviceMesh:
         """The 1-D mesh over which FSDP2 shards parameters: shard x cp."""
-        return self.mesh["shard", "cp"]._flatten("fsdp")
+        return self._flat("fsdp", "shard", "cp")
 
     @cached_property
     def stage(self) -> dist.ProcessGroup:
         """The ranks that hold the same blocks: all but those of other pipeline stages."""
-        return self.mesh["replicate", "shard", "cp", "tp"]._flatten("stage").get_group()
+        return self._flat("stage", "replicate", "shard", "cp", "tp").get_group()
+
+    def _flat(self, name: str, *axes: str) -> DeviceMesh:
+        mesh = self.mesh[axes]._flatten(name)
+        _set_pg_timeout(self.timeout, mesh.get_group())
+        return mesh
 
     @property
     def counts_loss(self) -> bool:
@@ -95,11 +102,15 @@ def start_world(config: ParallelConfig) -> World:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=size, timeout=timeout)
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=AXES)
+    for axis in AXES:
+        _set_pg_timeout(timeout, mesh[axis].get_group())  # torch gives groups of a mesh half an hour
     return World(
         rank=rank,
         size=size,
         device=device,
-        mesh=init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=AXES),
+        mesh=mesh,
+        timeout=timeout,
         control=dist.new_group(backend="gloo", timeout=timeout),
         storage=dist.new_group(backend="gloo", timeout=timeout),
     )

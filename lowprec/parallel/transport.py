@@ -93,7 +93,7 @@ class Transport:
         nodes = self._nodes() if self.config.hpz or self._two_level else None
         layers = {id(layer): name for name, layer in self.plan.layers.items()}
         for name, unit in root.named_modules():
-            if not isinstance(unit, FSDPModule):
+            if not isinstance(unit, FSDPModule) or not (params := list(_params(unit))):
                 continue
             self._units.append(unit)
             key = f"comm.{name or 'root'}"
@@ -114,7 +114,7 @@ class Transport:
             gather = MeteredAllGather(self.meter, nodes if self.config.hpz else None)
             unit.set_custom_all_gather(gather)
             self._gathers.append(gather)
-            for param in _params(unit):
+            for param in params:
                 self._install_matrix(param, layers)
 
     def _install_matrix(self, param: Any, layers: dict[int, str]) -> None:

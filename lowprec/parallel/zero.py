@@ -1,40 +1,33 @@
 """DeepSpeed's ZeRO instead of FSDP2: the same steps, metrics and checkpoints through another engine.
 
-ZeRO (arXiv:1910.02054) splits what W data-parallel ranks would all hold. Stage 1 splits the optimizer's state (with the
-fp32 masters), stage 2 also the gradients, stage 3 also the parameters, which is what FSDP2 does:
+ZeRO (arXiv:1910.02054) splits what W data-parallel ranks would all hold. Stage 1 splits the optimizer's state and the
+fp32 masters, stage 2 the gradients as well, and stage 3 the parameters too, which is what FSDP2 does:
 
-    a step at stage   gathered                              summed                        bytes a parameter
-    1                 fp32 weights, once, after the update  fp32 gradients, once          4 + 2 x 4
-    2                 the same                              ... for each micro-batch
-    3                 fp32 weights, twice a micro-batch     ... for each micro-batch
+    stage   weights, gathered in fp32                   gradients, summed in fp32
+    1       once a step, after the update               all-reduce, once a step
+    2       once a step, after the update               all-reduce, every micro-batch
+    3       every micro-batch, forward and backward     reduce-scatter, every micro-batch
 
-What stays lowprec's: the optimizer (over DeepSpeed's flat fp32 pieces of parameters), the learning rate, the gradient's
-norm and clipping, accumulation, checkpoints. DeepSpeed runs in fp32 mode: its parameters are the masters, and each
+The optimizer (over DeepSpeed's flat fp32 pieces of parameters), the learning rate, the gradient's norm, clipping,
+accumulation and checkpoints stay lowprec's. DeepSpeed runs in its fp32 mode: its parameters are the masters, and each
 layer of a block sees them as copies in the compute dtype, at the very places where FSDP2 casts (`param_dtype`). So a
-run equals FSDP2's but for the order of sums, and a checkpoint of either continues under the other, on any number of
-ranks.
+run equals FSDP2's but for the order of sums, and a checkpoint of either goes on under the other, on any number of
+ranks. The price of fp32 is on the wire: FSDP2 gathers weights in bf16.
 
-What this is not: a place for DeepSpeed's own optimizers, schedulers, fp16/bf16 modes, pipeline, tensor or sequence
-parallelism. Settings in `parallel.deepspeed` reach it as they are (ZeRO++, arXiv:2306.10209: zero_quantized_weights,
-zero_quantized_gradients, zero_hpz_partition_size; offloading; buckets) unless they are lowprec's to decide, gone from
-the installed version, or would do nothing here; then a sentence says so. The bytes of its collectives are not in
-`wire_bytes`: they happen inside DeepSpeed (its own `comms_logger` prints them).
+What this is not: a place for DeepSpeed's own optimizers, schedulers, fp16 and bf16 modes, pipeline, tensor or sequence
+parallelism. Which of its settings pass and which are refused: :mod:`lowprec.parallel.zero_settings`. The bytes of its
+collectives are not in `wire_bytes`: DeepSpeed sends them itself (its `comms_logger`, with `log_level: info`, tells).
 
-Measured on DeepSpeed 0.19.8, torch 2.13, CPU and gloo. It needs private names of DeepSpeed in two places (the gradient
-pieces, and the norm by which it decides whether to take a step): hence the pin below 0.20.
+Measured with DeepSpeed 0.19.8 on torch 2.13, CPU and gloo. Private names of DeepSpeed are used for its pieces of
+gradients and state, and for the norm by which it decides whether to take a step: hence the pin below 0.20.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
 from contextlib import AbstractContextManager
-from datetime import timedelta
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -43,6 +36,7 @@ from lowprec.data import Batch
 from lowprec.linear import Plan
 from lowprec.model import Transformer
 from lowprec.numerics import Clock
+from lowprec.parallel import zero_settings
 from lowprec.parallel.config import ParallelConfig
 from lowprec.parallel.engine import Engine, Loss
 from lowprec.parallel.mesh import World
@@ -79,9 +73,9 @@ def build(
     """
     from lowprec.parallel.apply import recompute
 
-    deepspeed = load(world.device)
-    check_layout(plan, world, config)
-    zero_settings = settings(deepspeed, world, config)
+    deepspeed = zero_settings.load(world.device)
+    zero_settings.check_layout(plan, world, config)
+    settings = zero_settings.settings(deepspeed, world, config)
     recompute(model, config.recompute)
     for block in model.layers:
         for module in block.modules():
@@ -90,11 +84,11 @@ def build(
     optimizer = make_optimizer(model)
     if type(optimizer) not in ELEMENTWISE:
         raise ValueError(
-            f"optim={type(optimizer).__name__}: DeepSpeed's ZeRO updates flat pieces of parameters, which only element-wise "
-            f"optimizers may see ({', '.join(cls.__name__ for cls in ELEMENTWISE)}); choose one of these, or parallel=fsdp"
+            f"optim: DeepSpeed's ZeRO updates flat pieces of parameters, which {type(optimizer).__name__} cannot;"
+            f" choose one of {', '.join(cls.__name__ for cls in ELEMENTWISE)} (torch.optim), or parallel=fsdp"
         )
-    join(deepspeed, config.timeout_s)
-    return ZeroEngine(model, optimizer, world, plan.clock, deepspeed, zero_settings)
+    zero_settings.join(deepspeed, config.timeout_s)
+    return ZeroEngine(model, optimizer, world, plan.clock, deepspeed, settings)
 
 
 class ZeroEngine(Engine):
@@ -107,18 +101,18 @@ class ZeroEngine(Engine):
         world: World,
         clock: Clock,
         deepspeed: Any,
-        zero_settings: dict[str, Any],
+        settings: dict[str, Any],
     ) -> None:
-        """zero_settings: of :func:`settings`. A collective: DeepSpeed takes the parameters over."""
+        """settings: DeepSpeed's, checked. A collective: DeepSpeed takes the parameters over."""
         super().__init__(model, optimizer, world, clock)
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
         self.deepspeed = deepspeed
         try:
-            self.runner, self.zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_settings)
+            self.runner, self.zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         except (AssertionError, NotImplementedError, ValueError) as error:
-            raise ValueError(refusal(deepspeed, error)) from error
-        self.stage: int = zero_settings["zero_optimization"]["stage"]
+            raise ValueError(zero_settings.refusal(deepspeed, error)) from error
+        self.stage: int = settings["zero_optimization"]["stage"]
         # DeepSpeed measures the gradient's norm, in fp32, to decide whether to take a step: it is told instead.
         self._told = torch.zeros((), device=world.device)  # 0 = take it, infinite = do not
         self._has_gradients = False
@@ -161,6 +155,11 @@ class ZeroEngine(Engine):
             self.runner.step()
             self._has_gradients = False
 
+    @property
+    def remarks(self) -> list[str]:
+        """What is done otherwise than wished, and why; lines for the plan."""
+        return ["note: wire_bytes does not count what DeepSpeed sends"] if self.world.size > 1 else []
+
     # ---- checkpoints
 
     @torch.no_grad()
@@ -170,38 +169,38 @@ class ZeroEngine(Engine):
         self._link_state()
         read = self.deepspeed.utils.safe_get_full_optimizer_state
         model: dict[str, DTensor] = {}
-        state: dict[str, dict[str, Tensor]] = {}
+        optim: dict[str, Any] = {}
         for name, parameter in self.model.named_parameters():
             with self._whole([parameter]):
                 model[name] = self._rows(parameter.data)
             vectors, scalars = self._state_of(name)
-            state[name] = {key: value.clone() for key, value in scalars.items()}
-            state[name] |= {key: self._rows(read(parameter, key)) for key in vectors}
-        shared = dict(zip(self.model.parameters(), model))  # a tied head has two names
+            state = {key: value.clone() for key, value in scalars.items()}
+            state |= {key: self._rows(read(parameter, key)) for key in vectors}
+            optim |= {f"state.{name}.{key}": value for key, value in state.items()}
+        names = dict(zip(self.model.parameters(), model))
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            model[name] = model[shared[parameter]]
-        groups = [
-            {**group, "params": names} for group, names in zip(self.optimizer.param_groups, self.groups, strict=True)
-        ]
-        return {"model": model, "optim": {"state": state, "param_groups": groups}}
+            model[name] = model[names[parameter]]  # a tied head has two
+        for group, members in zip(self.optimizer.param_groups, self.groups, strict=True):
+            optim |= {f"param_groups.{n}.{key}": v for n in members for key, v in group.items() if key != "params"}
+        return {"model": model, "optim": optim}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`, in place; also for one of FSDP2's. A collective."""
         self._link_state()
-        saved = state["optim"]["state"]
+        optim = state["optim"]
         for name, parameter in self.model.named_parameters():
             with self._whole([parameter], write=True):
                 parameter.data.copy_(state["model"][name].full_tensor())
             vectors, scalars = self._state_of(name)
             for key in vectors:
-                self._write(parameter, key, saved[name][key].full_tensor())
+                self._write(parameter, key, optim[f"state.{name}.{key}"].full_tensor())
             for key in scalars:
                 for piece in self._pieces_of(name):
-                    self.optimizer.state[piece][key].copy_(saved[name][key])
+                    self.optimizer.state[piece][key].copy_(optim[f"state.{name}.{key}"])
         self.zero.refresh_fp32_params()
-        for group, settings in zip(self.optimizer.param_groups, state["optim"]["param_groups"], strict=True):
-            group |= {key: value for key, value in settings.items() if key != "params"}
+        for group, members in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group |= {key: optim[f"param_groups.{members[0]}.{key}"] for key in group if key != "params"}
 
     def _whole(self, parameters: list[nn.Parameter], write: bool = False) -> AbstractContextManager[None]:
         """Inside, `parameter.data` is the whole tensor; with `write`, what the first rank leaves there stays."""
@@ -209,16 +208,16 @@ class ZeroEngine(Engine):
 
     def _rows(self, whole: Tensor) -> DTensor:
         """A copy of this rank's rows of a tensor that all ranks have."""
-        part = distribute_tensor(whole.detach(), self.world.fsdp, [Shard(0)], src_data_rank=None)
+        part = distribute_tensor(whole.detach(), self.world.fsdp, [Shard(0)], src_data_rank=None).clone()
         assert isinstance(part, DTensor)
-        return part.clone()
+        return part
 
     def _write(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
         """This rank's piece of a state tensor."""
         if self.stage < 3:
             self.deepspeed.utils.safe_set_full_optimizer_state(parameter, whole, key)
             return
-        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # the last piece is padded
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # pieces are of equal size: the last is padded
         padded = F.pad(whole.flatten(), (0, size * self.world.size - whole.numel()))
         piece = padded.view(self.world.size, size)[self.world.rank]
         self.deepspeed.utils.safe_set_local_optimizer_state(parameter, piece, key)
@@ -296,177 +295,4 @@ def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
             for name in copies:
                 del module.__dict__[name]
 
-    module.forward = in_dtype  # type: ignore[method-assign]
-
-
-# ---- settings
-
-
-_CHECKPOINT = "checkpoints are lowprec's (train.checkpoint_every)"
-_DTYPE = "dtypes are lowprec's (train.dtype and the precision recipe); DeepSpeed holds fp32 masters"
-_SUM = "lowprec sums gradients and accumulates them by train.global_batch and train.micro_batch"
-_LAYOUT = "DeepSpeed only shards here; other layouts are those of parallel=fsdp_tp, cp and pp"
-OURS = {
-    "optimizer": "the optimizer is lowprec's (optim=...), and DeepSpeed's 1-bit and 0/1 Adam no longer exist",
-    "scheduler": "the learning rate is lowprec's (schedule=...)",
-    "gradient_clipping": "gradients are clipped by train.clip_norm",
-    "train_batch_size": _SUM,
-    "train_micro_batch_size_per_gpu": _SUM,
-    "gradient_accumulation_steps": _SUM,
-    "managed_gradient_accumulation": _SUM,
-    "gradient_allreduce_op": _SUM,
-    "prescale_gradients": _SUM,
-    "gradient_predivide_factor": _SUM,
-    "fp16": _DTYPE,
-    "bf16": _DTYPE,
-    "torch_autocast": _DTYPE,
-    "data_types": _DTYPE,
-    "weight_quantization": _DTYPE,
-    "activation_checkpointing": "activations are recomputed by parallel.recompute",
-    "compile": "DeepSpeed's compiler is not supported",
-    "tensor_parallel": _LAYOUT,
-    "expert_parallel": _LAYOUT,
-    "pipeline": _LAYOUT,
-    "sequence_parallel_size": _LAYOUT,
-    "seq_parallel_communication_data_type": _LAYOUT,
-    "checkpoint": _CHECKPOINT,
-    "data_efficiency": "data is lowprec's (data=...)",
-    "zero_optimization.stage": "the stage is parallel.zero_stage (parallel=deepspeed_zero1, 2 or 3)",
-    "zero_optimization.compute_grad_norm": "the norm is lowprec's",
-    "zero_optimization.zenflow": "it has an update rule of its own",
-    "zero_optimization.elastic_checkpoint": _CHECKPOINT,
-    "zero_optimization.load_from_fp32_weights": _CHECKPOINT,
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": _CHECKPOINT,
-    "zero_optimization.gather_16bit_weights_on_model_save": _CHECKPOINT,
-    "zero_optimization.zero_quantized_nontrainable_weights": "every parameter is trained",
-}
-"""Settings of DeepSpeed that lowprec decides or cannot serve, and why."""
-
-PASSED = (
-    "zero_optimization",
-    "communication_data_type",
-    "comms_logger",
-    "aio",
-    "flops_profiler",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "steps_per_print",
-    "timers",
-    "dump_state",
-)
-"""Settings that reach DeepSpeed. It drops names that it does not know without a word: hence a list."""
-
-ONLY_STAGE_3 = ("stage3_", "zero_hpz_partition_size", "zero_quantized_", "offload_param", "sub_group_size")
-ONLY_CUDA = ("zero_quantized_weights", "zero_quantized_gradients")
-
-
-def load(device: torch.device) -> Any:
-    """The module `deepspeed`, on the run's device and quiet. Raises ValueError if it is missing or of another version."""
-    os.environ["DS_ACCELERATOR"] = device.type
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    try:
-        deepspeed = import_module("deepspeed")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"parallel=deepspeed_zero needs the extra deepspeed ({error.name} is missing): pip install 'lowprec[deepspeed]'"
-        ) from error
-    if not deepspeed.__version__.startswith("0.19."):
-        raise ValueError(
-            f"parallel=deepspeed_zero is made for DeepSpeed 0.19 and finds {deepspeed.__version__}: "
-            "pip install 'lowprec[deepspeed]'"
-        )
-    deepspeed.utils.logger.addFilter(lambda record: "OVERFLOW" not in record.getMessage())  # a step that is dropped
-    return deepspeed
-
-
-def join(deepspeed: Any, timeout_s: int) -> None:
-    """DeepSpeed takes the process group there is, and a group with the run's timeout for its collectives."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # a run without torchrun
-    # It would compile a shared-memory all-reduce: two minutes, and for ever if a compilation was once interrupted.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
-    import_module("deepspeed.utils.groups")._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=timeout_s))
-
-
-def check_layout(plan: Plan, world: World, config: ParallelConfig) -> None:
-    """Raises ValueError for what DeepSpeed's engine does not do for lowprec."""
-    for axis in ("pp", "replicate", "cp", "tp"):
-        if world.axis(axis).size > 1:
-            raise ValueError(
-                f"parallel.{axis}={world.axis(axis).size}: DeepSpeed shards over all ranks and does nothing else here; "
-                f"set it to 1, or choose parallel=fsdp with it"
-            )
-    if config.zero_stage not in (1, 2, 3):
-        raise ValueError(f"parallel.zero_stage={config.zero_stage}: ZeRO has the stages 1, 2 and 3")
-    if config.compile:
-        raise ValueError("parallel.compile=true: blocks are not compiled under DeepSpeed's hooks; leave it out")
-    if not config.reshard_after_forward:
-        raise ValueError(
-            "parallel.reshard_after_forward=false is FSDP2's; DeepSpeed keeps weights by "
-            "parallel.deepspeed.zero_optimization.stage3_max_reuse_distance"
-        )
-    if plan.precision.deoscillation:
-        raise ValueError(
-            "deoscillation sets weights between two updates, and DeepSpeed's masters are out of its reach: leave it out, "
-            "or choose parallel=fsdp"
-        )
-
-
-def settings(deepspeed: Any, world: World, config: ParallelConfig) -> dict[str, Any]:
-    """What DeepSpeed is started with. Raises ValueError for what cannot be passed on to it."""
-    given = dict(config.deepspeed)
-    zero = given.pop("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise ValueError("parallel.deepspeed.zero_optimization must be a mapping")
-    complete = {
-        **given,
-        "zero_optimization": {**zero, "stage": config.zero_stage},
-        "train_micro_batch_size_per_gpu": 1,  # only for its throughput figures, which nobody reads
-        "gradient_allreduce_op": "mean" if config.zero_stage == 3 else "sum",
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": given.get("steps_per_print"),
-    }
-    try:  # first, for it knows what it no longer has
-        import_module("deepspeed.runtime.config").DeepSpeedConfig({**complete, **config.deepspeed})
-    except Exception as error:
-        raise ValueError(refusal(deepspeed, error)) from error
-    for key in (*given, *(f"zero_optimization.{key}" for key in zero)):
-        if key in OURS:
-            raise ValueError(f"parallel.deepspeed.{key}: {OURS[key]}; remove it")
-        if "." not in key and key not in PASSED:
-            raise ValueError(
-                f"parallel.deepspeed.{key} is nothing that lowprec passes on to DeepSpeed; that is {', '.join(PASSED)}"
-            )
-    check_zero(zero, world, config.zero_stage)
-    return complete
-
-
-def check_zero(zero: dict[str, Any], world: World, stage: int) -> None:
-    """Raises ValueError for settings of `zero_optimization` that would fail or do nothing on these ranks."""
-    where = "parallel.deepspeed.zero_optimization"
-    for key in zero:
-        if stage < 3 and key.startswith(ONLY_STAGE_3):
-            raise ValueError(
-                f"{where}.{key}: ZeRO-{stage} does not read it; remove it, or choose parallel=deepspeed_zero3"
-            )
-    for key in ONLY_CUDA:
-        if zero.get(key) and world.device.type == "cpu":
-            raise ValueError(f"{where}.{key}: DeepSpeed has no kernel for it on CPU; remove it, or run on CUDA")
-    nodes = world.size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if zero.get("zero_quantized_gradients") and nodes < 2:
-        raise ValueError(
-            f"{where}.zero_quantized_gradients: DeepSpeed quantises between nodes, and there is one; remove it"
-        )
-    ranks = zero.get("zero_hpz_partition_size", 1)
-    if ranks > 1 and world.size % ranks:
-        raise ValueError(f"{where}.zero_hpz_partition_size={ranks} does not divide the {world.size} ranks")
-    for key in ("offload_optimizer", "offload_param"):
-        if (zero.get(key) or {}).get("device") == "nvme":
-            raise ValueError(f"{where}.{key}.device=nvme: lowprec's checkpoints need it in memory; choose cpu")
-
-
-def refusal(deepspeed: Any, error: BaseException) -> str:
-    """One sentence out of what DeepSpeed raised."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return f"DeepSpeed {deepspeed.__version__} refuses parallel.deepspeed: {' '.join(lines)}"
+    module.forward = in_dtype

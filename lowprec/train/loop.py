@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from lowprec.train.metrics import MetricsLog, Record, peak_memory_bytes
 from lowprec.train.session import Session
 from lowprec.train.signals import DIVERGED, REQUEUE, Stop
 from lowprec.train.tracker import Tracker
+from lowprec.train.watchdog import watched
 
 
 def train(session: Session, stop: Stop) -> int:
@@ -40,14 +42,16 @@ def train(session: Session, stop: Stop) -> int:
         )
         resources.callback(tracker.finish, 1)  # if an exception ends the run; the first call to finish counts
         resources.enter_context(out.progress(state.step))
+        world = session.world
+        resources.enter_context(watched(world.rank, world.size, run.parallel.hang_s, partial(progress, session, stop)))
         try:
             reason = steps(session, stop, metrics, tracker)
         except Diverged as error:
             out.say(str(error))
+            session.checkpoints.finish()
             tracker.finish(DIVERGED)
             return DIVERGED
-        finally:
-            unsaved = session.checkpoints.finish()
+        unsaved = session.checkpoints.finish()  # not after the loss of a rank, for which it would wait
         if unsaved:
             out.say(f"{unsaved}: what came after the newest checkpoint is lost; see to that and start again")
             tracker.finish(UNSAVED)
@@ -113,6 +117,13 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
             with watch.paused():
                 session.checkpoints.save(state)
     return reason
+
+
+def progress(session: Session, stop: Stop) -> tuple[int, ...]:
+    """(steps done, and what the watchdog compares between ranks); read by another thread."""
+    state, transport = session.state, session.state.engine.transport
+    calls = transport.meter.calls if transport is not None and session.world.axis("pp").size == 1 else 0
+    return state.step, stop.polls, state.loader.state_dict()["samples"], calls
 
 
 @dataclass(frozen=True)

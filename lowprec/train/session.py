@@ -3,6 +3,7 @@
 All that a user can get wrong is found in here and raised as a ValueError, on every rank alike; cheap checks come first.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,11 @@ from lowprec.data import Data, Loader, build_data
 from lowprec.linear import Plan, load_precision
 from lowprec.model import Transformer, build
 from lowprec.optim import build_optimizer, phases
-from lowprec.parallel import World, parallelize
+from lowprec.parallel import EngineKind, World, parallelize
+from lowprec.parallel.account import account
+from lowprec.parallel.auto import propose, this_machine
+from lowprec.parallel.job import job_of, uncuttable
+from lowprec.parallel.layout import Job, Layout
 from lowprec.train.checkpoint import Checkpoints, committed
 from lowprec.train.console import Narrator
 from lowprec.train.folder import Folder, open_folder, refuse_other_data
@@ -69,6 +74,36 @@ def plan_model(run: Run) -> tuple[Transformer, Plan]:
     return model, plan
 
 
+def job_of_run(run: Run, plan: Plan, ranks_per_node: int, cpu: bool) -> Job:
+    """What is trained, for accounts of memory and bytes."""
+    return job_of(
+        run.model,
+        plan,
+        run.comm,
+        run.optim,
+        micro_batch=run.train.micro_batch,
+        seq_len=run.data.seq_len,
+        global_batch=run.train.global_batch,
+        dtype=DTYPES[run.train.dtype],
+        documents=run.data.document_masking,
+        cpu=cpu,
+        ranks_per_node=ranks_per_node,
+    )
+
+
+def laid_out(run: Run, plan: Plan, ranks: int) -> tuple[Run, str]:
+    """The run with the layout that `parallel=auto` takes for so many ranks, and why; as it is if it has one.
+
+    The same on every rank. Raises ValueError if no layout fits.
+    """
+    if not run.parallel.auto:
+        return run, ""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    job = job_of_run(run, plan, per_node, cpu=not torch.cuda.is_available())
+    proposal = propose(job, ranks, this_machine(per_node), run.parallel, uncuttable(plan, run.data.seq_len))
+    return replace(run, parallel=proposal.layout.config(run.parallel)), f"parallel=auto: {proposal.why}"
+
+
 def open_session(run: Run, world: World) -> Session | None:
     """Builds everything for the next step of a run, new or resumed; None if it is finished already.
 
@@ -92,7 +127,7 @@ def open_session(run: Run, world: World) -> Session | None:
     make_optimizer = partial(build_optimizer, config=run.optim)
     engine = parallelize(model, plan, world, run.parallel, run.comm, DTYPES[t.dtype], make_optimizer)
     loader = Loader(data.train, run.data.seq_len, t.global_batch, t.micro_batch, *world.data, run.seed)
-    oscillation = Oscillation(plan, t.steps, DTYPES[t.dtype])
+    oscillation = Oscillation(plan, t.steps, DTYPES[t.dtype], world.stage)
     state = TrainState(engine, loader, plan, oscillation, Guard(run.guard, world.device))
     checkpoints = Checkpoints(folder.checkpoints, world, t.keep_last, t.keep_every, t.checkpoint_async, narrator.say)
     checkpoints.clean()
@@ -104,6 +139,10 @@ def open_session(run: Run, world: World) -> Session | None:
 
     table = plan.table(t.micro_batch * run.data.seq_len, DTYPES[t.dtype], world.device)
     table = "\n".join([table, *engine.remarks])
+    if world.size > 1 and run.parallel.engine is EngineKind.fsdp:
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+        job = job_of_run(run, plan, per_node, world.device.type == "cpu")
+        table += f"\n\n{account(job, Layout.of(run.parallel, world.size))}"
     if world.is_first:
         folder.keep("plan.txt", table + "\n")
     narrator.say(table)

@@ -14,6 +14,7 @@ from lowprec.linear.backends import backend
 from lowprec.linear.call import Cut
 from lowprec.linear.cut import PRODUCTS, cut_refusal
 from lowprec.linear.precision import RECIPES_FOLDER
+from lowprec.linear.split import ChannelSplit
 from lowprec.linear.state import end_step
 from lowprec.numerics import FORMATS, Clock
 from tests.ranks import run
@@ -59,6 +60,12 @@ REFUSED = {
 RANDOM = Operand(FORMATS["int8_tensor"], "stochastic")
 ALL_RANDOM = LinearRecipe("all_random", *[Gemm(RANDOM, RANDOM)] * 3)
 """One scale a matrix and no blocks: every matrix may be cut anywhere, inside a group of eight random numbers too."""
+
+
+HELD = LinearRecipe("held", *[Gemm(*[Operand(FORMATS["fp8_tensor"], amax="hold", window=9)] * 2)] * 3)
+COLLECTED = LinearRecipe(
+    "collected", Gemm(Operand(FORMATS["nvfp4"], split=ChannelSplit(FORMATS["mxfp8"], 0.1, (0, 2))), Operand())
+)
 
 
 def gemms(recipe):
@@ -291,14 +298,14 @@ def test_keeping_codes():
 
 
 def poisoned():
-    wrong, axes_of = [], {"fp8_delayed": AXES}
-    for name in ("fp8_tensorwise", "nvfp4", "fp8_rowwise", "fp8_delayed", "masked_e8m3", "ue5m3"):
-        recipe = load_recipe(name)
-        for axis in axes_of.get(name, ("tokens",)):
+    wrong, names = [], ("fp8_tensorwise", "nvfp4", "fp8_rowwise", "fp8_delayed", "masked_e8m3", "ue5m3")
+    for recipe in (*map(load_recipe, names), HELD):
+        for axis in AXES if recipe.name == "fp8_delayed" else ("tokens",):
             for served in ("torch", "cpu_portable", "auto"):
                 axes, sizes = alone(axis), {"tokens": 64, "in": 32, "out": 32}
                 whole, part = Layer(recipe, sizes, served), Layer(recipe, sizes, served, axes)
                 for step in range(2):
+                    whole.layer.clock.step = part.layer.clock.step = step
                     (expected, _), (found, _) = (layer.run(BF16, poison=bool(step)) for layer in (whole, part))
                     for layer in (whole, part):
                         end_step({"l": layer.layer.state}, step)
@@ -306,7 +313,7 @@ def poisoned():
                     if k in axes:
                         dist.all_reduce(found[role])
                     if not torch.equal(part.part(expected[role], m, n).isfinite(), found[role].isfinite()):
-                        wrong.append(f"{name} {axis} {served} {role}")
+                        wrong.append(f"{recipe.name} {axis} {served} {role}")
     return wrong
 
 
@@ -316,25 +323,24 @@ def test_a_nan_is_seen_by_every_rank():
 
 
 def remembering():
-    wrong = []
-    for name in ("fp8_delayed", "ue5m3"):
-        for axis in AXES:
-            recipe = load_recipe(name)
-            whole, part = (Layer(recipe, sizes_of(recipe), "auto", axes) for axes in (None, alone(axis)))
+    wrong, alike = [], [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    for recipe in (load_recipe("fp8_delayed"), load_recipe("ue5m3"), HELD, COLLECTED):
+        for axis in AXES if recipe is not COLLECTED else ("out",):
+            whole, part = (Layer(recipe, SMALL, "auto", axes) for axes in (None, alone(axis)))
             for step in range(3):
-                for layer in (whole, part):
-                    layer.layer.clock.step = step
+                whole.layer.clock.step = part.layer.clock.step = step
                 all_made, made = (layer.run(BF16, seed=5 + step)[1] for layer in (whole, part))
-                wrong += [f"{name} {axis} {step}: {line}" for line in compare_operands(part, all_made, made)]
-                for layer in (whole, part):
-                    end_step({"l": layer.layer.state}, step)
+                case = f"{recipe.name} {axis} {step}"
+                wrong += [f"{case}: {line}" for line in compare_operands(part, all_made, made)]
+                end_step({"l": whole.layer.state}, step, group=alike)
+                end_step({"l": part.layer.state}, step)
                 a, b = whole.layer.state.tensors, part.layer.state.tensors
-                wrong += [f"{name} {axis} {step} {key}" for key in a if not torch.equal(a[key], b[key])]
+                wrong += [f"{case}: {key}" for key in a if not torch.equal(a[key], b[key])]
     return wrong
 
 
 def test_memories_are_those_of_the_whole():
-    """Delayed and held maxima: what is used and what is remembered, step by step."""
+    """Delayed and held maxima, and sums of channels: what is used and what is remembered, step by step."""
     assert nothing(run(2, remembering))
 
 

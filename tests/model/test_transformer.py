@@ -134,6 +134,34 @@ def test_long_sequences_take_torch_attention_and_agree(monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("blocked_max", [2048, 8])
+def test_the_last_queries_see_all_keys_before_them(blocked_max, documents, monkeypatch):
+    """Attention of the last 13 of 40 tokens is those rows of the whole, on every path, and so are its gradients."""
+    monkeypatch.setattr("lowprec.model.attention._BLOCKED_MAX_TOKENS", blocked_max)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 40, 8, requires_grad=True) for h in (4, 2, 2))
+    ids = torch.arange(40).expand(2, 40) // 17 if documents else None
+    bias = Context.of(ModelConfig(), torch.zeros(2, 40, dtype=torch.int64), ids, torch.float32).bias_B1TU
+    whole = attend(q, k, v, bias)[:, :, 27:]
+    rows = attend(q[:, :, 27:], k, v, None if bias is None else bias[:, :, 27:])
+    torch.testing.assert_close(rows, whole, rtol=1e-5, atol=1e-6)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (rows, whole))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_part_of_the_tokens_has_their_positions_and_mask():
+    """With `part` the tables and the mask are rows of the whole ones, and the embedding is that of the part."""
+    model, x_BT = make(), tokens(2, 12)
+    ids = torch.arange(12).expand(2, 12) // 5
+    whole, begun = model.context(x_BT, ids), model.begin(x_BT)
+    model.part = lambda x, dim: x.unflatten(dim, (4, 3)).select(dim, 2)
+    part = model.context(x_BT, ids)
+    assert torch.equal(part.cos_BT1D, whole.cos_BT1D[:, 6:9]) and torch.equal(part.sin_BT1D, whole.sin_BT1D[:, 6:9])
+    assert torch.equal(part.bias_B1TU, whole.bias_B1TU[:, :, 6:9])
+    assert torch.equal(model.begin(x_BT), begun[:, 6:9])
+
+
 def test_cpu_attention_is_accurate_in_bf16():
     """Scores rounded to bf16 keep at least 45 dB: rounding of the inputs to bf16 alone leaves about 50."""
     torch.manual_seed(0)

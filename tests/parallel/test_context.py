@@ -1,13 +1,18 @@
 """Context parallelism: zigzag parts, attention over gathered keys, and the numbers of one process."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from lowprec.model import ModelConfig, attention
+from lowprec.model import ModelConfig, attention, generate
 from lowprec.model.attention import Context, attend
+from lowprec.parallel import Recompute
 from lowprec.parallel.context import GatheringCore, OwnTokens, Zigzag, token_multiple
 from lowprec.parallel.mesh import Axis
+from tests.parallel.agreement import MODEL, Case, Outcome, assert_agree, assert_same, make, train, trained
 from tests.ranks import run
 
 pytestmark = pytest.mark.distributed
@@ -95,3 +100,89 @@ def test_lengths_that_cannot_be_cut_are_refused():
     assert alone(torch.arange(9), 0).tolist() == list(range(9))
     with pytest.raises(ValueError, match=r"parallel.tp=3 .* make data.seq_len a multiple of 3"):
         alone(torch.zeros(10), 0)
+
+
+CASES = [
+    Case(),
+    Case("nvfp4"),
+    Case("nvfp4", torch.bfloat16),
+    Case("fp8_delayed", documents=False),
+    Case("mxfp8", tokens=128, steps=2),
+    Case("mxfp4_rht_sr", tokens=256, steps=1),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_steps_agree_with_one_process(case):
+    """Losses and gradients on two ranks, of documents across chunks, shared maxima and noise in its place."""
+    one, *shaken = run(1, trained, case, 3)[0]
+    two = run(2, train, case, {"cp": 2})
+    assert_agree(one, two[0], shaken)
+    assert_same(two[0], two[1])
+
+
+@pytest.mark.parametrize("other", ["tp", "shard"])
+def test_two_axes_agree_with_one_process(other):
+    """Context parallel with tensor parallel, and with FSDP2 over more micro-batches."""
+    case = Case("nvfp4", steps=2)
+    one, *shaken = run(1, trained, case, 3)[0]
+    assert_agree(one, run(4, train, case, {"cp": 2, other: 2})[0], shaken)
+
+
+def recomputed(how: Recompute) -> Outcome:
+    return train(Case("nvfp4", torch.bfloat16, steps=2, settings={"recompute": how}), {"cp": 2})
+
+
+def test_recomputation_changes_nothing():
+    """Keys are gathered again in the backward pass, in the same order on all ranks."""
+    kept = run(2, recomputed, Recompute.none)[0]
+    for how in (Recompute.selective, Recompute.full):
+        assert_same(kept, run(2, recomputed, how)[0])
+
+
+def sampled(sizes: dict[str, int]) -> tuple[np.ndarray, list[int], dict[str, int]]:
+    """Logits after 40 tokens, a text, and what a forward sends."""
+    engine = make(replace(Case(), model=replace(MODEL, max_seq_len=128)), **sizes)
+    logits = engine.next_logits(list(range(5, 45)))
+    text = generate(engine.next_logits, [1, 2, 3], 3, temperature=0.8, seed=4)
+    long = engine.next_logits(list(range(130)))  # more than max_seq_len: its end counts
+    assert torch.equal(long, engine.next_logits(list(range(2, 130))))
+    engine.transport.meter.take()
+    engine.logits(Case().batch(0, 0))
+    return logits.numpy(), text, engine.transport.meter.take()
+
+
+def test_the_next_token_is_that_of_one_process():
+    """Of a prompt that must be filled up; every rank gets the whole vocabulary, and draws the same text."""
+    (one, text, sent), *_ = run(1, sampled, {})
+    assert not sent
+    parts = run(4, sampled, {"cp": 2, "tp": 2})
+    for logits, drawn, sent in parts:
+        assert np.array_equal(logits, parts[0][0])
+        assert np.abs(logits - one).max() < 2**-16 * np.abs(one).max()  # 256 additions of fp32
+        assert drawn == text
+        heads = MODEL.kv_heads // 2 * MODEL.head_dim
+        assert sent["kv_all_gather"] == MODEL.layers * 2 * (2 * 64 * heads) * 4
+
+
+def refusals() -> list[str]:
+    refused = []
+    for recipe in ("fp8_attention", "hp_mean", "averis"):
+        try:
+            make(Case(recipe), cp=2)
+        except ValueError as error:
+            refused.append(str(error))
+    try:
+        train(Case("mxfp8"), {"cp": 2})
+    except ValueError as error:
+        refused.append(str(error))
+    return refused
+
+
+def test_recipes_that_need_whole_sequences_are_refused():
+    """When the model is laid out; a sequence whose chunks cut blocks of tokens, when it comes."""
+    for attention_, mean, averis, chunk in run(2, refusals):
+        assert "quantised attention" in attention_ and "parallel.cp=2" in attention_
+        for refused in (mean, averis):
+            assert "cannot be cut" in refused and "'tokens' over 2" in refused
+        assert "a sequence of 64 tokens" in chunk and "data.seq_len a multiple of 128" in chunk

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lowprec.comm import CODECS, CommConfig
 from lowprec.linear.precision import RECIPES_FOLDER
 from lowprec.model import Activation, ModelConfig, cross_entropy
 from lowprec.parallel import Recompute
@@ -119,31 +120,37 @@ def test_recomputation_changes_nothing():
         assert_same(kept, run(2, recomputed, how)[0])
 
 
-def counted() -> tuple[dict[str, int], list[str]]:
-    engine = make(Case("fp8_tensorwise", torch.bfloat16), tp=2)
-    placements = [
-        f"{name} {p.placements[-1]} {tuple(p.to_local().shape)}" for name, p in engine.model.named_parameters()
-    ]
+def counted(activations: str) -> tuple[dict[str, int], list[str], float]:
+    """What a micro-batch sends, who has which part of the parameters, and the loss."""
+    engine = make(Case("fp8_tensorwise", torch.bfloat16, comm=CommConfig(activations=activations)), tp=2)
+    parts = [f"{name} {p.placements[-1]} {tuple(p.to_local().shape)}" for name, p in engine.model.named_parameters()]
     engine.transport.meter.take()
     batch = Case().batch(0, 0)
-    cross_entropy(engine.model(batch.tokens), batch.targets, group=engine.vocab)[0].backward()
-    return engine.transport.meter.take(), placements
+    loss, _ = cross_entropy(engine.model(batch.tokens), batch.targets, group=engine.vocab)
+    loss.backward()
+    return engine.transport.meter.take(), parts, loss.item()
 
 
 def test_bytes_on_the_wire_and_parts_of_parameters():
-    """A block gathers twice and scatters twice each way, embedding and head once; maxima and norms are small change."""
-    taken, placements = run(2, counted)[0]
-    stream = 2 * 64 * MODEL.dim * 2  # bytes: B T C bf16
-    assert taken["activation_all_gather"] == taken["activation_reduce_scatter"] == (4 * MODEL.layers + 2) * stream
+    """A block gathers and scatters twice each way, embedding and head once; maxima and norms are small change."""
+    taken, parts, loss = run(2, counted, "")[0]
+    half = 64 * MODEL.dim  # values: B T C of a rank
+    times = 4 * MODEL.layers + 2
+    assert taken["activation_all_gather"] == taken["activation_reduce_scatter"] == times * 2 * half * 2
+    coded, _, near = run(2, counted, "fp8")[0]
+    assert coded["activation_all_gather"] == times * 2 * CODECS["fp8"].payload_bytes(half)
+    assert coded["activation_reduce_scatter"] == times * 2 * CODECS["fp8"].payload_bytes(half)
+    assert 0 < abs(near / loss - 1) < 2**-4  # the rounding error of a single value
+
     norms = 2 * MODEL.layers * MODEL.dim + MODEL.dim + 2 * MODEL.layers * MODEL.head_dim
     assert taken["activation_all_reduce"] == 2 * 4 * norms
     # one maximum an operand at most, where the operand is cut: x of o and down, dy of the others, w of all; twice each
     row, column = 2 * MODEL.layers, 5 * MODEL.layers + 1
     assert 0 < taken["amax_all_reduce"] <= 2 * 4 * 2 * (row + column + (row + column))
-    assert "embed.weight S(0) (192, 64)" in placements and "lm_head.weight S(0) (192, 64)" in placements
-    assert "layers.0.attn.q_proj.weight S(0) (128, 64)" in placements
-    assert "layers.1.mlp.down_proj.weight S(1) (64, 64)" in placements
-    assert "norm.weight R (64,)" in placements
+    assert "embed.weight S(0) (192, 64)" in parts and "lm_head.weight S(0) (192, 64)" in parts
+    assert "layers.0.attn.q_proj.weight S(0) (128, 64)" in parts
+    assert "layers.1.mlp.down_proj.weight S(1) (64, 64)" in parts
+    assert "norm.weight R (64,)" in parts
 
 
 def vocabulary(dtype: torch.dtype, z_loss: float) -> tuple[list[float], np.ndarray]:

@@ -1,0 +1,579 @@
+"""What kills a run, and what does not: faults against real runs, and whether the numbers are still those of a run that
+nothing happened to.
+
+    python tools/kill_table.py                    every fault, as a table
+    python tools/kill_table.py --quick --json     some of them, as [{fault, outcome, lost_steps, lost_tokens, ...}]
+    python tools/kill_table.py --only hang        those whose name has this in it
+    python tools/kill_table.py --write docs/scaling-out.md      the table, between the marks in that file
+
+A run is launch/train.py in real processes, two unless the fault says otherwise, forked from this one (a fork is there
+in a tenth of a second, an interpreter with torch in six) and joined by gloo. Faults come from outside, as signals,
+limits of the kernel and changes to files; only a bad batch and a slow disk are put in by a function that replaces
+another. Then the same command is started again, to the end:
+
+    lost_steps               steps that had been done and were done again
+    lost_tokens              tokens that the run has passed over for good: 0, unless the guard was told to
+    equal_to_uninterrupted   every line of metrics.jsonl, but for times and memory, has the bits of the run without the
+                             fault; after a change of ranks, whose sums have another order, to TOLERANCE of the loss
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if __package__ in (None, ""):  # run as a script: the folder that holds the package takes the place of tools/
+    sys.path[0] = str(next(p for p in Path(__file__).resolve().parents if (p / "lowprec" / "__init__.py").exists()))
+
+import torch
+import torch._dynamo  # what FSDP2 would import in every rank: seconds
+import torch.distributed.fsdp
+
+import lowprec.train.loop as loop
+from lowprec.launch.train import command
+from lowprec.train import reader
+from lowprec.train.checkpoint import committed
+from lowprec.train.metrics import read_metrics
+
+STEPS, EVERY, BATCH, SEQ_LEN = 24, 5, 8, 64
+TOLERANCE = 1e-4  # relative, of a loss in fp32, after so few steps
+PATIENCE_S = 150.0  # for anything that is waited for
+VARIES = ("tokens_per_s", "step_s", "data_s", "mem_bytes", "attempt")
+
+Row = dict[str, Any]
+Patch = Callable[[], None] | None
+
+
+class Failed(AssertionError):
+    """A fault had not the effect that it must have."""
+
+
+# ---- runs
+
+
+def words_of(folder: Path, name: str, *overrides: str) -> list[str]:
+    """The command line of a run in folder/name."""
+    wishes = (
+        "recipe=nvfp4_tiny model.dim=64 model.layers=2 model.heads=4 model.kv_heads=2 model.ffn_dim=128 "
+        "model.vocab_size=320 data=local_text data.tokenizer=byte data.validation_frac=0.2 data.validation_sequences=4 "
+        f"data.validation_batch=2 data.seq_len={SEQ_LEN} train.global_batch={BATCH} train.micro_batch=2 "
+        f"train.steps={STEPS} train.eval_every=12 train.checkpoint_every={EVERY} schedule.decay_frac=0.5 "
+        f"data.sources.0.path={folder / 'text'} data.cache_dir={folder / 'cache'} run.dir={folder / name} "
+        "parallel.timeout_s=120 parallel.hang_s=60"
+    ).split()
+    merged = dict(word.split("=", 1) for word in [*wishes, *overrides])
+    return [f"{key}={value}" for key, value in merged.items()]
+
+
+def make_text(folder: Path) -> None:
+    """40 small files of made-up text."""
+    (folder / "text").mkdir(parents=True)
+    words = "one two three four five six seven eight nine ten".split()
+    for i in range(40):
+        (folder / "text" / f"{i:02d}.txt").write_text(" ".join(words[(i * j * j + j) % 10] for j in range(150)))
+
+
+def _rank(words: list[str], rank: int, ranks: int, port: int, output: str, patch: Patch) -> None:
+    """A forked process becomes a rank of a run."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    sys.argv = ["lowprec-train", *words]
+    torch.set_num_threads(1)
+    if patch:
+        patch()
+    command()
+
+
+@dataclass
+class Run:
+    """A run folder, and the processes that are at work in it."""
+
+    folder: Path
+    overrides: tuple[str, ...] = ()
+    ranks: int = 2
+    patch: Patch = None
+    processes: list[Any] = field(default_factory=list)
+    redone: int = 0  # steps done again so far
+    starts: int = 0
+
+    def start(self, *overrides: str, ranks: int = 0, patch: Patch = None) -> None:
+        """Starts the command, or starts it again."""
+        self.starts, done = self.starts + 1, self.done()
+        words = words_of(self.folder.parent, self.folder.name, *self.overrides, *overrides)
+        ranks = ranks or self.ranks
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        outputs = [self.folder.with_name(f"{self.folder.name}.{self.starts}.{rank}.out") for rank in range(ranks)]
+        self.outputs, self._done_before = outputs, done
+        self.processes = [
+            get_context("fork").Process(
+                target=_rank, args=(words, rank, ranks, port, str(outputs[rank]), patch or self.patch)
+            )
+            for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def said(self) -> str:
+        """All that the ranks of the last start have printed."""
+        return "\n".join(output.read_text(errors="replace") for output in self.outputs if output.exists())
+
+    def line(self, pattern: str) -> str:
+        """What the last start said that matches. Raises Failed if nothing does."""
+        found = re.search(pattern, self.said())
+        if not found:
+            raise Failed(f"nobody said /{pattern}/ but: {self.said()[-1500:]}")
+        return found[0]
+
+    def done(self) -> int:
+        """Steps in metrics.jsonl."""
+        return max((record["step"] for record in read_metrics(self.folder / "metrics.jsonl")), default=0)
+
+    def until(self, what: Callable[[], Any]) -> None:
+        """Waits for something while the ranks work. Raises Failed if they end before it is so."""
+        end_s = time.monotonic() + PATIENCE_S
+        while not what():
+            if not any(process.is_alive() for process in self.processes):
+                raise Failed(f"the run ended before its fault: {self.said()[-1500:]}")
+            if time.monotonic() > end_s:
+                raise Failed(f"waited {PATIENCE_S:.0f} s in vain: {self.said()[-1500:]}")
+            time.sleep(0.001)
+
+    def until_step(self, step: int) -> None:
+        self.until(lambda: self.done() >= step)
+
+    def until_saving(self) -> None:
+        """A save is under way: there are data, and no commit."""
+        folder = self.folder / "checkpoints"
+        self.until(lambda: any(f.stat().st_size for f in folder.glob("step_*/*.distcp")) and self.torn())
+
+    def torn(self) -> list[str]:
+        folder = self.folder / "checkpoints"
+        return sorted({p.name for p in folder.glob("step_*")} - {p.name for p in committed(folder).values()})
+
+    def kill(self, number: int, *ranks: int) -> None:
+        """A signal to some ranks, or to all."""
+        for rank in ranks or range(len(self.processes)):
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, number)
+
+    def wait(self, *ranks: int) -> list[int]:
+        """Exit codes of some ranks, or of all."""
+        chosen = [self.processes[rank] for rank in ranks] or self.processes
+        for process in chosen:
+            process.join(PATIENCE_S)
+            if process.is_alive():
+                raise Failed(f"rank {self.processes.index(process)} does not end: {self.said()[-1500:]}")
+        return [process.exitcode for process in chosen]
+
+    def end(self) -> None:
+        """Leaves no process behind."""
+        self.kill(signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+    def finish(self, *overrides: str, ranks: int = 0, expect: int = 0) -> str:
+        """Starts the command again, to its end; returns from where it went on."""
+        before = self.done()
+        self.start(*overrides, ranks=ranks)
+        codes = self.wait()
+        if set(codes) != {expect}:
+            raise Failed(f"exit codes {codes} instead of {expect}: {self.said()[-1500:]}")
+        resumed = re.search(r"resumes after step (\d+)", self.said())
+        if "starts, " in self.said() or resumed:
+            self.redone += before - (int(resumed[1]) if resumed else 0)
+        return f"resumed after step {resumed[1]}" if resumed else "started anew"
+
+
+def numbers(run: Run) -> list[Row]:
+    """What must be the same in two runs that are the same."""
+    records = read_metrics(run.folder / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in VARIES} for record in records]
+
+
+def lost_tokens(run: Run) -> int:
+    """Tokens that were handed out and never trained on, from the last checkpoint's place in the data."""
+    saved: dict[str, Any] = {"progress": ""}
+    reader.read(saved, committed(run.folder / "checkpoints")[STEPS])
+    progress = json.loads(saved["progress"])
+    trained = progress["step"] - progress["guard"].get("skips", 0) - progress["guard"].get("raises", 0)
+    return (progress["loader"]["samples"] - trained * BATCH) * SEQ_LEN
+
+
+def difference(run: Run, reference: Run) -> float:
+    """Largest relative difference of losses; 0 only if every number has the same bits, inf if other steps are there."""
+    ours, theirs = numbers(run), numbers(reference)
+    if ours == theirs:
+        return 0.0
+    if [r["step"] for r in ours] != [r["step"] for r in theirs] or [r["tokens"] for r in ours] != [
+        r["tokens"] for r in theirs
+    ]:
+        return math.inf
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(ours, theirs)]
+    return max([abs(a - b) / abs(b) for a, b in pairs if a is not None and b is not None], default=math.inf) or 1e-30
+
+
+# ---- faults: each breaks `run`, sees to it that it is finished, and returns what happened
+
+
+def kill_one(run: Run, victim: int = 1) -> str:
+    run.start()
+    run.until_step(8)
+    run.kill(signal.SIGKILL, victim)
+    codes = run.wait(1 - victim)
+    said = run.line(r"lost contact to another rank in step \d+")
+    return f"{said}, exit {codes[0]}; {run.finish()}"
+
+
+def kill_all(run: Run) -> str:
+    run.start()
+    run.until_step(8)
+    run.kill(signal.SIGKILL)
+    run.wait()
+    return f"nothing could be said; {run.finish()}"
+
+
+def kill_in_save(run: Run) -> str:
+    run.start(patch=slow_disk)
+    run.until(lambda: committed(run.folder / "checkpoints"))
+    run.until_saving()
+    run.kill(signal.SIGKILL)
+    run.wait()
+    (torn,) = run.torn()
+    how = run.finish()
+    if run.torn() or "damaged" in run.said():
+        raise Failed(f"{torn} should have been removed without a word")
+    return f"{torn} was torn and never read; {how}"
+
+
+def kill_in_async_save(run: Run) -> str:
+    run.overrides = ("train.checkpoint_async=true",)
+    run.start(patch=slow_disk)
+    run.until(lambda: committed(run.folder / "checkpoints"))
+    run.until_saving()
+    run.until(lambda: not run.torn() or run.done() > max(committed(run.folder / "checkpoints")) + EVERY)
+    return f"training was going on; {_torn_by_kill(run)}"
+
+
+def _torn_by_kill(run: Run) -> str:
+    run.kill(signal.SIGKILL)
+    run.wait()
+    (torn,) = run.torn()
+    return f"{torn} was torn and never read; {run.finish()}"
+
+
+def terminate(run: Run) -> str:
+    run.start()
+    run.until_step(8)
+    run.kill(signal.SIGTERM)
+    codes = run.wait()
+    return f"{run.line(r'SIGTERM received: stopped after step [0-9]+')}, exit {codes[0]}; {run.finish()}"
+
+
+def terminate_early(run: Run) -> str:
+    run.start()
+    run.until(lambda: run.processes[0].is_alive() and (run.folder / "config.yaml").exists())
+    run.kill(signal.SIGTERM)
+    codes = run.wait()
+    if run.done():
+        return f"{run.line(r'SIGTERM received: stopped after step [0-9]+')}, exit {codes[0]}; {run.finish()}"
+    return f"{run.line(r'SIGTERM received before the first step')}, exit {codes[0]}; {run.finish()}"
+
+
+def full_disk(run: Run) -> str:
+    run.start()
+    run.until_step(2)
+    limit_file_size(run.processes[1].pid, 1000)
+    run.until(lambda: "could not be saved" in run.said())
+    limit_file_size(run.processes[1].pid, resource.RLIM_INFINITY)
+    codes = run.wait()
+    said = run.line(r"the checkpoint of step \d+ could not be saved: [^;]*")
+    return f"{said}; the run went on, exit {codes[0]}"
+
+
+def full_disk_to_the_end(run: Run) -> str:
+    run.start()
+    run.until(lambda: committed(run.folder / "checkpoints"))
+    limit_file_size(run.processes[1].pid, 1000)
+    codes = run.wait()
+    run.line("what came after the newest checkpoint is lost")
+    return f"the last save failed too, exit {codes[0]}; with room again {run.finish()}"
+
+
+def limit_file_size(pid: int, limit_bytes: int) -> None:
+    """What a process may write to one file, from outside: a full disk that others do not see."""
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+
+
+def damage(run: Run, how: Callable[[Path], None]) -> str:
+    run.start()
+    run.until_step(2 * EVERY + 2)
+    run.kill(signal.SIGKILL)
+    run.wait()
+    how(max(committed(run.folder / "checkpoints").values()) / "__1_0.distcp")
+    resumed = run.finish()
+    return f"{run.line('the checkpoint of step [0-9]+ is damaged [(][^)]*[)]')}; {resumed}"
+
+
+def cut_short(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def hang(run: Run, victim: int = 1) -> str:
+    run.start("parallel.hang_s=3")
+    run.until_step(8)
+    run.kill(signal.SIGSTOP, victim)
+    codes = run.wait(1 - victim)
+    said = run.line(rf"rank {victim}.* hangs: [^,;]*")
+    run.end()
+    return f"{re.sub(r'[(].*[)] ', '', said)}, exit {codes[0]}; {run.finish()}"
+
+
+def data_gone(run: Run) -> str:
+    run.start()
+    run.until_step(8)
+    run.kill(signal.SIGKILL)
+    run.wait()
+    return _put_back(run, lambda: run.finish(expect=2))
+
+
+def data_gone_while_running(run: Run) -> str:
+    run.start()
+    run.until_step(8)
+    return _put_back(run, lambda: run.wait())
+
+
+def _put_back(run: Run, meanwhile: Callable[[], Any]) -> str:
+    text = run.folder.parent / "text"
+    aside = text.rename(text.with_name(f"text_of_{run.folder.name}"))
+    try:
+        meanwhile()
+        said, code = run.line(r"(?<=lowprec-train: ).*"), run.processes[0].exitcode
+    finally:
+        aside.rename(text)
+    if code != 2 or "Traceback" in run.said():
+        raise Failed(f"exit code {code}: {run.said()[-1500:]}")
+    said = said.replace(str(text.parent) + "/", "").partition(";")[0]
+    return f"'{said}', exit {code}; put back, it {run.finish()}"
+
+
+def bad_batch(run: Run) -> str:
+    """The batch is in the reference too; what is more here is that the run is killed afterwards."""
+    run.start()
+    run.until_step(18)
+    run.kill(signal.SIGKILL)
+    run.wait()
+    resumed = run.finish()
+    decided = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    first = decided[0]
+    return f"step {first['step']}: {first['what']}, guard: {first['action']}; killed later, {resumed}"
+
+
+def other_ranks(run: Run, *layouts: tuple[int, str]) -> str:
+    went = []
+    for ranks, layout in layouts[:-1]:
+        run.start(layout, ranks=ranks)
+        run.until_step(run.done() + 7)
+        run.kill(signal.SIGTERM)
+        run.wait()
+        went.append(f"{layout.removeprefix('parallel=')} on {ranks} to {run.line('stopped after step [0-9]+')[14:]}")
+    ranks, layout = layouts[-1]
+    run.finish(layout, ranks=ranks)
+    return f"{', '.join(went)}, {layout.removeprefix('parallel=')} on {ranks} to the end"
+
+
+# ---- what is put into a rank
+
+
+def slow_disk() -> None:
+    """Every fsync takes half a second longer."""
+    fsync = os.fsync
+
+    def slow(file: int) -> None:
+        time.sleep(0.5)
+        fsync(file)
+
+    os.fsync = slow  # type: ignore[assignment]
+
+
+def poison(factor: float) -> None:
+    """The batch of the twelfth step has its loss multiplied, whenever it comes."""
+    real = loop.forward_backward
+
+    def poisoned(session: Any, batch: Any) -> Any:
+        loss = real(session, batch)
+        return loss * factor if session.state.loader.state_dict()["samples"] == 12 * BATCH else loss
+
+    loop.forward_backward = poisoned
+
+
+# ---- the table
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row: what is done, and to which kind of run."""
+
+    name: str
+    do: Callable[[Run], str]
+    quick: bool = False
+    overrides: tuple[str, ...] = ()
+    patch: Patch = None
+    exact: bool = True
+
+
+STREAMED = ("data.sources.0.streaming=true",)
+FP32 = ("recipe=bf16_tiny", "train.dtype=fp32")
+SPIKE = ("guard=rollback", "guard.window=6", "train.checkpoint_every=4")
+FAULTS = (
+    Fault("kill -9 of one rank", kill_one, quick=True),
+    Fault("kill -9 of the first rank", partial(kill_one, victim=0)),
+    Fault("kill -9 of all ranks", kill_all),
+    Fault("kill -9 during a save", kill_in_save, quick=True),
+    Fault("kill -9 during an async save", kill_in_async_save),
+    Fault("SIGTERM with a grace period", terminate, quick=True),
+    Fault("SIGTERM before the first step", terminate_early),
+    Fault("full disk during a save", full_disk),
+    Fault("full disk until the end", full_disk_to_the_end),
+    Fault("truncated checkpoint file", partial(damage, how=cut_short)),
+    Fault("bit-flipped checkpoint file", partial(damage, how=flip_bit), quick=True),
+    Fault("hang of a rank (SIGSTOP)", hang, quick=True),
+    Fault("hang of the first rank (SIGSTOP)", partial(hang, victim=0)),
+    Fault("data gone at the restart", data_gone),
+    Fault("data gone while running (streamed)", data_gone_while_running, overrides=STREAMED),
+    Fault("NaN batch, guard=skip", bad_batch, overrides=("guard=skip",), patch=partial(poison, math.nan)),
+    Fault("loss spike, guard=rollback", bad_batch, overrides=SPIKE, patch=partial(poison, 9.0)),
+    Fault(
+        "resume on 4, 2, 1 ranks",
+        lambda run: other_ranks(run, (4, "parallel=fsdp"), (2, "parallel=fsdp"), (1, "parallel=single")),
+        overrides=FP32,
+        exact=False,
+    ),
+    Fault(
+        "resume fsdp, tp, fsdp",
+        lambda run: other_ranks(run, (2, "parallel=fsdp"), (2, "parallel=tp"), (2, "parallel=fsdp")),
+        overrides=FP32,
+        exact=False,
+    ),
+)  # fmt: skip
+
+
+class Table:
+    """Breaks runs in a folder, and compares each with one of its kind that was left alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reference = cache(self._reference)
+        make_text(folder)
+
+    def _reference(self, overrides: tuple[str, ...], patch: Patch) -> Run:
+        run = Run(self.folder / f"reference{len(list(self.folder.glob('reference*')))}", overrides, patch=patch)
+        try:
+            run.finish()
+        finally:
+            run.end()
+        return run
+
+    def row(self, number: int, fault: Fault) -> Row:
+        """Does it."""
+        run = Run(self.folder / f"fault{number}", fault.overrides, patch=fault.patch)
+        row: Row = {"fault": fault.name}
+        try:
+            reference = self.reference(fault.overrides, fault.patch)
+            row["outcome"] = fault.do(run)
+            apart = difference(run, reference)
+            row |= {"lost_steps": run.redone, "lost_tokens": lost_tokens(run)}
+            row["equal_to_uninterrupted"] = apart == 0 or (not fault.exact and apart < TOLERANCE)
+            if apart:
+                row["outcome"] += f"; losses differ by at most {apart:.1g} of their value"
+            return row
+        except Failed as error:
+            return row | {"outcome": f"FAILED: {error}", "lost_steps": None, "lost_tokens": None,
+                          "equal_to_uninterrupted": False}  # fmt: skip
+        finally:
+            run.end()
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table for a page."""
+    lines = ["| fault | what happened | lost steps | lost tokens | equal to uninterrupted |", "|---|---|---|---|---|"]
+    for row in rows:
+        equal = "yes" if row["equal_to_uninterrupted"] else "NO"
+        lines.append(f"| {row['fault']} | {row['outcome']} | {row['lost_steps']} | {row['lost_tokens']} | {equal} |")
+    return "\n".join(lines) + "\n"
+
+
+BEGIN, END = "<!-- kill table -->", "<!-- end -->"
+
+
+def write(page: Path, table: str) -> None:
+    """Puts the table between its marks in a page, which gets a section for it if it has none."""
+    text = page.read_text(encoding="utf-8") if page.exists() else "# Scaling out\n"
+    if BEGIN not in text:
+        text += f"\n## What kills a run, and what does not\n\n{BEGIN}\n{END}\n"
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    page.write_text(f"{before}{BEGIN}\n{table}{END}{after}", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 1 if a run was harmed."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the five faults that matter most")
+    parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name has this in it")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--write", type=Path, metavar="PAGE")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="run here, and leave everything there")
+    options = parser.parse_args(argv)
+    chosen = [f for f in FAULTS if options.only in f.name and (f.quick or not options.quick)]
+    if not chosen:
+        parser.error(f"no fault has {options.only!r} in its name: {', '.join(f.name for f in FAULTS)}")
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="kill_table_"))
+    rows = []
+    try:
+        table = Table(folder)
+        for number, fault in enumerate(chosen):
+            rows.append(table.row(number, fault))
+            print(f"{fault.name}: {rows[-1]['outcome']}", file=sys.stderr, flush=True)
+    finally:
+        if options.keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    elif options.markdown or not options.write:
+        print(markdown(rows))
+    if options.write:
+        write(options.write, markdown(rows))
+    return 0 if all(row["equal_to_uninterrupted"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
