@@ -243,8 +243,8 @@ def compose_run(overrides: list[str], config_dirs: list[Path]) -> DictConfig:
     """The composed, type-checked configuration. `name` defaults to the recipe's."""
     ConfigStore.instance().store(name="schema", node=Run)
     search = ",".join(f"'file://{folder.resolve()}'" for folder in config_dirs)
-    # precision is a free mapping to Hydra: `++` lets any key through to its own reader, which knows what is valid
-    wishes = [f"++{o}" if o.startswith("precision.") else o for o in overrides]
+    # free mappings to Hydra: `++` lets any key through to its own reader, which knows what is valid
+    wishes = [f"++{o}" if o.startswith(("precision.", "parallel.deepspeed.")) else o for o in overrides]
     with initialize_config_module("lowprec.recipes", version_base="1.3"):
         config = compose("train", overrides=[f"hydra.searchpath=[{search}]", *wishes] if search else wishes)
     if not config.name:

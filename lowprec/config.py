@@ -141,6 +141,11 @@ def load(config: DictConfig) -> Run:
             "comm= chooses what FSDP2 sends; DeepSpeed sends by its own settings: leave comm=fp32 and set, for "
             "example, parallel.deepspeed.communication_data_type=bf16"
         )
+    if run.parallel.engine is EngineKind.fsdp and run.parallel.deepspeed:
+        raise ValueError(
+            f"parallel.deepspeed.{next(iter(run.parallel.deepspeed))} is a setting of DeepSpeed, which is not chosen: "
+            "choose parallel=deepspeed_zero1, 2 or 3, or leave it out"
+        )
     if run.precision.get("save") == "codes" and run.parallel.recompute is Recompute.full:
         raise ValueError(
             "precision.save=codes and parallel.recompute=full: recomputation keeps no inputs, so their codes would be "

@@ -50,6 +50,7 @@ def local(command: str) -> list[str]:
         "torchrun": "torch.distributed.run",
         "lowprec-train": "lowprec.launch.train",
         "lowprec-prepare": "lowprec.launch.prepare",
+        "lowprec-export": "lowprec.launch.export",
         "lowprec-numerics": "lowprec.tools.numerics",
         "lowprec-sensitivity": "lowprec.tools.sensitivity",
     }
@@ -110,6 +111,19 @@ def looks_at_a_run(command: str, tmp_path: Path) -> None:
     assert "layers.0.mlp.up_proj" in run([*words, *more], tmp_path)
 
 
+def exports(command: str, tmp_path: Path) -> None:
+    """The same, of a run of two small steps."""
+    trains("lowprec-train recipe=bf16_tiny", tmp_path)
+    file = tmp_path / "model.safetensors"
+    run([str({"runs/long": tmp_path / "run", "model.safetensors": file}.get(w, w)) for w in local(command)], tmp_path)
+    assert file.stat().st_size > 1_000_000
+
+
+def has_help(command: str, tmp_path: Path) -> None:
+    """It takes a minute and has a test of its own: the same program prints its help."""
+    run([*local(command)[:2], "--help"], tmp_path)
+
+
 def prints(command: str, tmp_path: Path) -> None:
     """The command exactly as written: it prints something and ends."""
     assert run(local(command), tmp_path).strip()
@@ -166,6 +180,12 @@ HOW: dict[str, Callable[[str, Path], None]] = {
     "torchrun --nproc-per-node 2 launch/train.py recipe=nvfp4_tiny train.steps=50": trains,
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint $HOST "
     "launch/train.py recipe=nvfp4_130m": composes,
+    "torchrun --nproc-per-node 2 launch/train.py recipe=nvfp4_tiny parallel=tp run.dir=runs/tp": trains,
+    "torchrun --nproc-per-node 2 launch/train.py recipe=nvfp4_tiny comm=nvfp4_fp8 run.dir=runs/low_comm": trains,
+    "python tools/plan.py recipe=nvfp4_130m comm=nvfp4_fp8 --world 8": prints,
+    "python tools/plan.py --parallel recipe=nvfp4_130m --world 64 --per-node 8 --hardware h100_sxm": prints,
+    "python tools/kill_table.py --quick": has_help,
+    "lowprec-export runs/long --out model.safetensors": exports,
     ".venv/bin/torchrun --nproc-per-node 8 launch/train.py recipe=nvfp4_130m": composes,
     "lowprec-train recipe=nvfp4_tiny train.checkpoint_every=100 run.dir=runs/long": trains,
     "lowprec-train recipe=nvfp4_tiny monitor.wandb=offline": trains,

@@ -45,12 +45,13 @@ import torch._dynamo  # what FSDP2 would import in every rank: seconds
 import torch.distributed.fsdp
 
 import lowprec.train.loop as loop
+from lowprec.data import Loader
 from lowprec.launch.train import command
 from lowprec.train import reader
 from lowprec.train.checkpoint import committed
 from lowprec.train.metrics import read_metrics
 
-STEPS, EVERY, BATCH, SEQ_LEN = 24, 5, 8, 64
+STEPS, EVERY, BATCH, SEQ_LEN = 20, 5, 8, 64
 TOLERANCE = 1e-4  # relative, of a loss in fp32, after so few steps
 PATIENCE_S = 150.0  # for anything that is waited for
 VARIES = ("tokens_per_s", "step_s", "data_s", "mem_bytes", "attempt")
@@ -72,7 +73,7 @@ def words_of(folder: Path, name: str, *overrides: str) -> list[str]:
         "recipe=nvfp4_tiny model.dim=64 model.layers=2 model.heads=4 model.kv_heads=2 model.ffn_dim=128 "
         "model.vocab_size=320 data=local_text data.tokenizer=byte data.validation_frac=0.2 data.validation_sequences=4 "
         f"data.validation_batch=2 data.seq_len={SEQ_LEN} train.global_batch={BATCH} train.micro_batch=2 "
-        f"train.steps={STEPS} train.eval_every=12 train.checkpoint_every={EVERY} schedule.decay_frac=0.5 "
+        f"train.steps={STEPS} train.eval_every=10 train.checkpoint_every={EVERY} schedule.decay_frac=0.5 "
         f"data.sources.0.path={folder / 'text'} data.cache_dir={folder / 'cache'} run.dir={folder / name} "
         "parallel.timeout_s=120 parallel.hang_s=60"
     ).split()
@@ -83,7 +84,7 @@ def words_of(folder: Path, name: str, *overrides: str) -> list[str]:
 def make_text(folder: Path) -> None:
     """40 small files of made-up text."""
     (folder / "text").mkdir(parents=True)
-    words = "one two three four five six seven eight nine ten".split()
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     for i in range(40):
         (folder / "text" / f"{i:02d}.txt").write_text(" ".join(words[(i * j * j + j) % 10] for j in range(150)))
 
@@ -163,8 +164,9 @@ class Run:
         self.until(lambda: self.done() >= step)
 
     def until_saving(self) -> None:
-        """A save is under way: there are data, and no commit."""
+        """The second save is under way: there are data, and no commit."""
         folder = self.folder / "checkpoints"
+        self.until(lambda: committed(folder))
         self.until(lambda: any(f.stat().st_size for f in folder.glob("step_*/*.distcp")) and self.torn())
 
     def torn(self) -> list[str]:
@@ -255,31 +257,28 @@ def kill_all(run: Run) -> str:
 
 def kill_in_save(run: Run) -> str:
     run.start(patch=slow_disk)
-    run.until(lambda: committed(run.folder / "checkpoints"))
     run.until_saving()
     run.kill(signal.SIGKILL)
     run.wait()
+    return _torn(run)
+
+
+def kill_in_async_save(run: Run) -> str:
+    run.start("train.checkpoint_async=true", patch=slow_disk)
+    run.until_saving()
+    step = run.done()
+    run.until_step(step + 1)  # training goes on meanwhile
+    run.kill(signal.SIGKILL)
+    run.wait()
+    return f"killed one step further on; {_torn(run)}"
+
+
+def _torn(run: Run) -> str:
     (torn,) = run.torn()
     how = run.finish()
     if run.torn() or "damaged" in run.said():
         raise Failed(f"{torn} should have been removed without a word")
     return f"{torn} was torn and never read; {how}"
-
-
-def kill_in_async_save(run: Run) -> str:
-    run.overrides = ("train.checkpoint_async=true",)
-    run.start(patch=slow_disk)
-    run.until(lambda: committed(run.folder / "checkpoints"))
-    run.until_saving()
-    run.until(lambda: not run.torn() or run.done() > max(committed(run.folder / "checkpoints")) + EVERY)
-    return f"training was going on; {_torn_by_kill(run)}"
-
-
-def _torn_by_kill(run: Run) -> str:
-    run.kill(signal.SIGKILL)
-    run.wait()
-    (torn,) = run.torn()
-    return f"{torn} was torn and never read; {run.finish()}"
 
 
 def terminate(run: Run) -> str:
@@ -355,6 +354,13 @@ def hang(run: Run, victim: int = 1) -> str:
     return f"{re.sub(r'[(].*[)] ', '', said)}, exit {codes[0]}; {run.finish()}"
 
 
+def hang_in_data(run: Run) -> str:
+    run.start("parallel.hang_s=3", patch=stuck_loader)
+    codes = run.wait()
+    said = run.line(r"rank 1 .* hangs: no progress in step 9, in [^;]*")
+    return f"{re.sub(r'[(].*?[)] ', '', said, count=1)}, exit {codes[0]}; {run.finish()}"
+
+
 def data_gone(run: Run) -> str:
     run.start()
     run.until_step(8)
@@ -379,14 +385,14 @@ def _put_back(run: Run, meanwhile: Callable[[], Any]) -> str:
         aside.rename(text)
     if code != 2 or "Traceback" in run.said():
         raise Failed(f"exit code {code}: {run.said()[-1500:]}")
-    said = said.replace(str(text.parent) + "/", "").partition(";")[0]
+    said = re.sub(r"(;| [(]looked).*", "", said.replace(f"{text.parent}/", ""))
     return f"'{said}', exit {code}; put back, it {run.finish()}"
 
 
 def bad_batch(run: Run) -> str:
     """The batch is in the reference too; what is more here is that the run is killed afterwards."""
     run.start()
-    run.until_step(18)
+    run.until_step(16)
     run.kill(signal.SIGKILL)
     run.wait()
     resumed = run.finish()
@@ -420,6 +426,18 @@ def slow_disk() -> None:
         fsync(file)
 
     os.fsync = slow  # type: ignore[assignment]
+
+
+def stuck_loader() -> None:
+    """The second rank never gets the batch of the ninth step."""
+    real = Loader.next_step
+
+    def stuck(self: Loader) -> Any:
+        if os.environ["RANK"] == "1" and self.state_dict()["samples"] == 8 * BATCH:
+            time.sleep(1e6)
+        return real(self)
+
+    Loader.next_step = stuck  # type: ignore[method-assign]
 
 
 def poison(factor: float) -> None:
@@ -465,6 +483,7 @@ FAULTS = (
     Fault("bit-flipped checkpoint file", partial(damage, how=flip_bit), quick=True),
     Fault("hang of a rank (SIGSTOP)", hang, quick=True),
     Fault("hang of the first rank (SIGSTOP)", partial(hang, victim=0)),
+    Fault("hang of a rank (in its data)", hang_in_data),
     Fault("data gone at the restart", data_gone),
     Fault("data gone while running (streamed)", data_gone_while_running, overrides=STREAMED),
     Fault("NaN batch, guard=skip", bad_batch, overrides=("guard=skip",), patch=partial(poison, math.nan)),

@@ -25,6 +25,9 @@ if [ -n "${RENDEZVOUS:-}" ]; then
 else
     rendezvous="--standalone"
 fi
+# The workers must not use torchrun's own store: it outlives them, and in it a new group finds the addresses of the dead
+# one, to which it then tries to connect (seen with torch 2.13 and gloo).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # $rendezvous is several words
 exec "${TORCHRUN:-torchrun}" $rendezvous --nproc-per-node "${PROCESSES_PER_NODE:-auto}" \
     --max-restarts "${MAX_RESTARTS:-10}" --monitor-interval 1 \

@@ -24,12 +24,13 @@ gradients and state, and for the norm by which it decides whether to take a step
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lowprec.data import Batch
@@ -37,7 +38,7 @@ from lowprec.linear import Plan
 from lowprec.model import Transformer
 from lowprec.numerics import Clock
 from lowprec.parallel import zero_settings
-from lowprec.parallel.config import ParallelConfig
+from lowprec.parallel.config import ParallelConfig, Recompute
 from lowprec.parallel.engine import Engine, Loss
 from lowprec.parallel.mesh import World
 
@@ -79,7 +80,7 @@ def build(
     recompute(model, config.recompute)
     for block in model.layers:
         for module in block.modules():
-            compute_in(module, dtype)
+            compute_in(module, dtype, keep=config.recompute is Recompute.full)
     model.to_empty(device=world.device)
     optimizer = make_optimizer(model)
     if type(optimizer) not in ELEMENTWISE:
@@ -277,20 +278,35 @@ class ZeroEngine(Engine):
         return [gradient for part in self.zero.averaged_gradients.values() for gradient in part or ()]
 
 
-def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
+def compute_in(module: nn.Module, dtype: torch.dtype, keep: bool = False) -> None:
     """While `module` runs, its own parameters are `dtype` copies: in the block, where FSDP2 has `param_dtype`.
 
-    Their gradients are so rounded to `dtype` before they are summed, in fp32, as FSDP2's are.
+    Their gradients are so rounded to `dtype` before they are summed, in fp32, as FSDP2's are. The copies are not kept
+    for the backward pass, or ZeRO-3 would end the forward pass with a whole model: they are made again from the
+    parameters, which are gathered again by then. `keep`: they are (what is recomputed does not outlive its block).
     """
-    forward, parameters = module.forward, module._parameters
-    if dtype == torch.float32 or not parameters:
+    forward = module.forward
+    if dtype == torch.float32 or not module._parameters:
         return
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        name, *view = kept
+        return module._parameters[name].detach().to(dtype).as_strided(*view)  # type: ignore[union-attr]
 
     def in_dtype(*inputs: Any) -> Any:
         copies = {name: p.to(dtype) for name, p in module._parameters.items() if p is not None}
+        names = {copy.untyped_storage().data_ptr(): name for name, copy in copies.items()}
+
+        def pack(x: Tensor) -> Any:
+            name = names.get(x.untyped_storage().data_ptr())
+            return x if name is None else (name, x.size(), x.stride(), x.storage_offset())
+
         module.__dict__.update(copies)  # found before the parameters of these names
         try:
-            return forward(*inputs)
+            with nullcontext() if keep else saved_tensors_hooks(pack, unpack):
+                return forward(*inputs)
         finally:
             for name in copies:
                 del module.__dict__[name]

@@ -55,6 +55,7 @@ OURS = {
     "checkpoint": _CHECKPOINT,
     "data_efficiency": "data is lowprec's (data=...)",
     "zero_optimization.stage": "the stage is parallel.zero_stage (parallel=deepspeed_zero1, 2 or 3)",
+    "zero_optimization.memory_efficient_linear": "it would replace torch's linear layer in the whole process",
     "zero_optimization.compute_grad_norm": "the norm is lowprec's",
     "zero_optimization.zenflow": "it has an update rule of its own",
     "zero_optimization.elastic_checkpoint": _CHECKPOINT,
@@ -95,6 +96,9 @@ ONLY_STAGE_3 = (
 )
 """Beginnings of the names in `zero_optimization` that the other stages do not read."""
 
+_UNSAID = ("OVERFLOW", "untested optimizer")
+"""Warnings of DeepSpeed that tell nothing: the guard says why a step is dropped, and optimizers are tested here."""
+
 
 def load(device: torch.device) -> Any:
     """The module `deepspeed`, for the run's device, and quiet. Raises ValueError if it, or its version, is missing."""
@@ -107,15 +111,16 @@ def load(device: torch.device) -> Any:
         raise ValueError(f"parallel.engine=deepspeed needs the extra deepspeed ({error}): {install}") from error
     if not deepspeed.__version__.startswith("0.19."):
         raise ValueError(f"parallel.engine=deepspeed needs DeepSpeed 0.19, not {deepspeed.__version__}: {install}")
-    deepspeed.utils.logger.addFilter(lambda record: "OVERFLOW" not in record.getMessage())  # the guard drops a step
+    deepspeed.utils.logger.addFilter(lambda record: not any(text in record.getMessage() for text in _UNSAID))
     return deepspeed
 
 
 def join(deepspeed: Any, timeout_s: int) -> None:
     """DeepSpeed takes the process group there is, and one with the run's timeout for its collectives."""
     os.environ.setdefault("LOCAL_RANK", "0")  # a run without torchrun
-    # It would compile a shared-memory all-reduce: two minutes, and for ever if a compilation was once interrupted.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # What it believes it could compile: nothing. It would compile a shared-memory all-reduce at once, which takes two
+    # minutes, or for ever if a compilation was interrupted before.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(verbose=False)
     groups: Any = import_module("deepspeed.utils.groups")
     groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=timeout_s))
@@ -158,7 +163,7 @@ def settings(deepspeed: Any, world: World, config: ParallelConfig) -> dict[str, 
     complete = {
         "steps_per_print": None,
         **given,
-        "zero_optimization": {**zero, "stage": config.zero_stage},
+        "zero_optimization": {**zero, "stage": config.zero_stage, "memory_efficient_linear": False},
         "train_micro_batch_size_per_gpu": 1,  # enters only its throughput, which nobody reads
         "gradient_allreduce_op": "mean" if config.zero_stage == 3 else "sum",
         "zero_allow_untested_optimizer": True,

@@ -42,10 +42,10 @@ def train(session: Session, stop: Stop) -> int:
         )
         resources.callback(tracker.finish, 1)  # if an exception ends the run; the first call to finish counts
         resources.enter_context(out.progress(state.step))
-        world = session.world
-        resources.enter_context(watched(world.rank, world.size, run.parallel.hang_s, partial(progress, session, stop)))
+        world, look = session.world, partial(progress, session, stop)
         try:
-            reason = steps(session, stop, metrics, tracker)
+            with watched(world.rank, world.size, run.parallel.hang_s, look):
+                reason = steps(session, stop, metrics, tracker)
         except Diverged as error:
             out.say(str(error))
             session.checkpoints.finish()

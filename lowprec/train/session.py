@@ -94,9 +94,12 @@ def job_of_run(run: Run, plan: Plan, ranks_per_node: int, cpu: bool) -> Job:
 def laid_out(run: Run, plan: Plan, ranks: int) -> tuple[Run, str]:
     """The run with the layout that `parallel=auto` takes for so many ranks, and why; as it is if it has one.
 
-    The same on every rank. Raises ValueError if no layout fits.
+    The same on every rank. Raises ValueError if no layout fits, or if a recipe cannot be cut like this.
     """
     if not run.parallel.auto:
+        why = uncuttable(plan, run.data.seq_len)(Layout.of(run.parallel, ranks))
+        if why:
+            raise ValueError(why)
         return run, ""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     job = job_of_run(run, plan, per_node, cpu=not torch.cuda.is_available())

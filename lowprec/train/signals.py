@@ -4,8 +4,11 @@ SIGTERM and SIGUSR1 (what schedulers send before they take a machine away), SIGI
 ask for a stop. The loop polls the flag after every step and every validation batch, saves, and exits with `REQUEUE`.
 A second Ctrl-C stops at once. Before the first step, while data is prepared and the model built, there is nothing to
 save, and the signal ends the program there and then (`at_once`). Threads do not see signals: Python hands them to the
-main thread. Under torchrun the exit code of torchrun itself is 1 whatever its workers return, it
-gives them 30 s after SIGTERM, and it passes SIGUSR1 on only with `--signals-to-handle SIGTERM,SIGINT,SIGUSR1`.
+main thread.
+
+Under torchrun the exit code of torchrun itself is 1 whatever its workers return (the run folder's file `exit_code` has
+theirs); it gives them 30 s after SIGTERM, or `--shutdown-timeout`, and it passes SIGUSR1 on only with
+`--signals-to-handle SIGTERM,SIGINT,SIGUSR1`.
 """
 
 import signal

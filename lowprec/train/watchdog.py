@@ -12,12 +12,12 @@ Every rank publishes its own, with a serial number, to the rendezvous store; a t
 own. Who has made no progress for hang_s / 2 reads those of all ranks, and after hang_s there are three cases:
 
     silent    ranks whose serial number has stood still meanwhile: stopped, swapped out, or their machine is dead
-    behind    all publish, but some have made less progress: these hang, the others wait for them in a collective
+    behind    all publish, but some have made less progress and make none: they hang, the others wait for them
     equal     nobody is behind: all do the same slow thing (compile, save, wait for a disk), and the watchdog is silent
 
 In the first two the hanging ranks are named, and every rank that still runs ends with code 75. No clock is compared
-with that of another machine. A process that was itself stopped (SIGSTOP, a suspended job) finds out, because its own
-watch was interrupted, and starts to count anew.
+with that of another machine, and time in which the watchdog itself did not run (a suspended job, a busy machine) does
+not count.
 
 What this is not: it does not watch the start (the process group's timeout does), nor a world of one, which waits for
 nobody. Stages of a pipeline begin different numbers of collectives, so there these do not count.
@@ -107,9 +107,9 @@ def accuse(then: dict[int, Beat], now: dict[int, Beat], waited_s: float) -> tupl
         return silent, f"{_named(silent, now)}: no sign of life for {waited_s:.0f} s, last seen {_place(silent, now)}"
     most = max(beat.progress for beat in now.values())
     least = min(beat.progress for beat in now.values())
-    if least == most:
+    behind = [rank for rank, beat in now.items() if beat.progress == least == then[rank].progress]
+    if least == most or not behind:  # at the same point, or on their way to it
         return [], ""
-    behind = [rank for rank, beat in now.items() if beat.progress == least]
     return behind, f"{_named(behind, now)}: no progress {_place(behind, now)}, in {now[behind[0]].where}"
 
 
@@ -140,8 +140,7 @@ class Watchdog:
         self._store, self._look = store, look
         self._beats: dict[int, Beat] = {}
         self._reads = False  # whether beats of others are wanted
-        self._talked_s = time.monotonic()
-        self._over = threading.Event()
+        self._answered, self._over = threading.Event(), threading.Event()  # the store has; the run is
 
     def start(self) -> None:
         """Begins to watch."""
@@ -154,7 +153,7 @@ class Watchdog:
 
     def _talk(self) -> None:
         serial, keys = 0, [f"lowprec/beat/{rank}" for rank in range(self.size)]
-        store = self._store.clone()  # a connection of its own: that of the process group may be waiting
+        store = self._store.clone()  # type: ignore[attr-defined]  # a connection of its own: the other may be waiting
         store.set_timeout(timedelta(seconds=max(self.hang_s / 4, 1.0)))
         while True:
             try:
@@ -162,30 +161,35 @@ class Watchdog:
                 store.set(keys[self.rank], str(replace(self._look(), serial=serial)))
                 if store.check(keys if self._reads else keys[self.rank : self.rank + 1]) and self._reads:
                     self._beats = {rank: Beat.of(text) for rank, text in enumerate(store.multi_get(keys))}
-                self._talked_s = time.monotonic()
+                self._answered.set()
             except RuntimeError:  # the store is gone or does not answer: `_watch` sees how long ago it did
                 pass
             if self._over.wait(self.period_s):
                 return
 
     def _watch(self) -> None:
-        last, since_s = self._look().progress, time.monotonic()
-        then: tuple[float, dict[int, Beat]] | None = None
-        awake_s = time.monotonic()
+        last, still_s, silent_s, since_s = self._look().progress, 0.0, 0.0, 0.0
+        then: dict[int, Beat] = {}
+        before_s = time.monotonic()
         while not self._over.wait(self.period_s / 2):
-            now_s, progress = time.monotonic(), self._look().progress
-            if progress != last or now_s - awake_s > self.hang_s / 4:  # or this process itself was stopped
-                last, since_s, then, self._reads, self._beats = progress, now_s, None, False, {}
-            awake_s = now_s
-            self._reads = now_s - since_s > self.hang_s / 2
-            if then is None and self._beats:
-                then = now_s, self._beats
-            if now_s - since_s < self.hang_s:
+            now_s = time.monotonic()
+            passed_s, before_s = min(now_s - before_s, self.period_s), now_s  # not while this process was stopped
+            still_s, silent_s = still_s + passed_s, silent_s + passed_s
+            if self._answered.is_set():
+                self._answered.clear()
+                silent_s = 0.0
+            if (progress := self._look().progress) != last:
+                last, still_s, then = progress, 0.0, {}
+                self._reads, self._beats = False, {}
+            self._reads = still_s > self.hang_s / 2
+            if self._beats and not then:
+                then, since_s = self._beats, still_s
+            if still_s < self.hang_s:
                 continue
-            if now_s - self._talked_s > self.hang_s / 2:
-                self._store_is_silent(now_s - self._talked_s)
-            elif then is not None and now_s - then[0] > self.hang_s / 4:
-                ranks, sentence = accuse(then[1], self._beats, now_s - then[0])
+            if silent_s > self.hang_s / 2:
+                self._store_is_silent(silent_s)
+            elif then and still_s - since_s > self.hang_s / 4:
+                ranks, sentence = accuse(then, self._beats, still_s - since_s)
                 if ranks:
                     self._end(ranks, sentence)
 

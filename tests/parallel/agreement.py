@@ -5,7 +5,7 @@ two = ranks.run(2, train, Case("nvfp4"), dict(tp=2))[0]
 """
 
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from lowprec.model import ModelConfig, build, cross_entropy
 from lowprec.model.attention import Attention
 from lowprec.model.mlp import MLP
 from lowprec.optim import OptimConfig, build_optimizer
-from lowprec.parallel import Engine, ParallelConfig, parallelize, start_world
+from lowprec.parallel import Engine, ParallelConfig, World, parallelize, start_world
 
 MODEL = ModelConfig(
     vocab_size=384,
@@ -80,8 +80,8 @@ class Outcome:
 
 def make(case: Case, shake: int = 0, **sizes: int) -> Engine:
     """The model on this process's world, laid out over axes of these sizes."""
-    config = ParallelConfig(**{"shard": 1, "timeout_s": 30, **sizes, **case.settings})
-    world = start_world(config)
+    sizes = {"shard": 1, **sizes}
+    config, world = ParallelConfig(**sizes, **case.settings), world_of(tuple(sizes.items()))
     with torch.device("meta"):
         model = build(case.model, case.dtype)
     precision = replace(load_precision(case.recipe), rules=(Rule("*", name_of(case.recipe)),))
@@ -93,6 +93,12 @@ def make(case: Case, shake: int = 0, **sizes: int) -> Engine:
     engine = parallelize(model, plan, world, config, case.comm, case.dtype, optimizer)
     engine.init_weights(3)
     return engine
+
+
+@cache
+def world_of(sizes: tuple[tuple[str, int], ...]) -> World:
+    """One mesh a process and layout: its groups take longer to make than a step."""
+    return start_world(ParallelConfig(**dict(sizes), timeout_s=30))
 
 
 class Shake:

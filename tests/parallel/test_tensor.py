@@ -74,15 +74,13 @@ def test_every_recipe_agrees_with_one_process_or_is_refused_by_name(part):
             assert_agree(one, two, shaken)
 
 
-@pytest.mark.parametrize(
-    "case", [Case(), Case("nvfp4"), Case("nvfp4", torch.bfloat16), Case("mxfp8", torch.bfloat16)], ids=str
-)
+@pytest.mark.parametrize("case", [Case(), Case("nvfp4", torch.bfloat16)], ids=str)
 def test_steps_agree_with_one_process(case):
     """Three steps, of documents, left-out targets, z-loss and QK-norm, on two ranks and with FSDP2 on four.
 
     FSDP2 changes no bit: it deals out micro-batches and rows, and sums in fp32 what one process sums in fp32.
     """
-    one, *shaken = run(1, trained, case, 3)[0]
+    one, *shaken = run(1, trained, case, 2)[0]
     two, *_ = run(2, train, case, {"tp": 2})
     four, *others = run(4, train, case, {"tp": 2, "shard": 2})
     assert_agree(one, two, shaken)
@@ -101,7 +99,7 @@ def test_the_norm_for_clipping_is_that_of_one_process():
 def test_four_parts_tied_head_relu2_and_copies():
     """Four parts of every matrix; then HSDP x TP: with copies of the shards no bit changes either."""
     model = replace(MODEL, kv_heads=4, tie_embeddings=True, activation=Activation.relu2, qk_norm=False)
-    case = Case("nvfp4", model=model, steps=2)
+    case = Case("nvfp4", model=model, steps=1)
     one, *shaken = run(1, trained, case, 2)[0]
     assert_agree(one, run(4, train, case, {"tp": 4})[0], shaken)
     two, copies = run(2, train, case, {"tp": 2})[0], run(4, train, case, {"tp": 2, "replicate": 2})[0]
@@ -109,15 +107,17 @@ def test_four_parts_tied_head_relu2_and_copies():
     assert_same(two, copies)
 
 
-def recomputed(how: Recompute) -> Outcome:
-    return train(Case("nvfp4", torch.bfloat16, steps=2, settings={"recompute": how}), {"tp": 2})
+def recomputed() -> list[Outcome]:
+    modes = (Recompute.none, Recompute.selective, Recompute.full)
+    case = Case("nvfp4", torch.bfloat16, steps=1)
+    return [train(replace(case, settings={"recompute": how}), {"tp": 2}) for how in modes]
 
 
 def test_recomputation_changes_nothing():
     """Collectives of a block's forward run again in the backward, in the same order on all ranks."""
-    kept = run(2, recomputed, Recompute.none)[0]
-    for how in (Recompute.selective, Recompute.full):
-        assert_same(kept, run(2, recomputed, how)[0])
+    kept, *others = run(2, recomputed)[0]
+    for other in others:
+        assert_same(kept, other)
 
 
 def counted(activations: str) -> tuple[dict[str, int], list[str], float]:
