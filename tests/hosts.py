@@ -14,6 +14,7 @@ What this is not: slow. A veth pair loses nothing and passes on many gigabytes a
 up to 64 KB, so headers weigh nothing.
 """
 
+import atexit
 import ctypes
 import json
 import os
@@ -63,10 +64,13 @@ def two_hosts() -> Iterator["Hosts"]:
             hosts.run(0, *f"ip link add eth0 type veth peer name eth0 netns {second.pid}".split())
             for host in range(HOSTS):
                 hosts.run(host, "hostname", f"host{host}")
-                for words in ("link set lo up", f"address add 10.0.0.{host + 1}/24 dev eth0"):
+                for words in (
+                    "link set lo up",
+                    f"address add 10.0.0.{host + 1}/24 dev eth0",
+                    "link set eth0 addrgenmode none",  # IPv4 only
+                    "link set eth0 up",
+                ):
                     hosts.run(host, "ip", *words.split())
-                hosts.run(host, *"ip link set eth0 addrgenmode none".split())  # IPv4 only
-                hosts.run(host, *"ip link set eth0 up".split())
             yield hosts
 
 
@@ -116,6 +120,7 @@ class Hosts:
     def _rank(self, rank: int, words: list[str], outputs: list[Path]) -> None:
         """A forked process becomes a rank on its host."""
         host, local = divmod(rank, RANKS_PER_HOST)
+        atexit._clear()  # what the tests' process wanted done at its end is not this one's to do
         file = os.open(outputs[host], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
@@ -131,17 +136,14 @@ class Hosts:
     def torchrun(self, folder: Path, *overrides: str) -> list["subprocess.Popen[str]"]:
         """Starts a run with torchrun, one on each host; their output goes to `folder`/<name of the run>.host<i>."""
         words, run_dir = command_line(folder, *overrides)
+        options = f"--nnodes=2 --nproc-per-node={RANKS_PER_HOST} --master-addr=10.0.0.1 --master-port={PORT}".split()
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
         started = []
-        for host in range(HOSTS):
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={RANKS_PER_HOST}",
-                        f"--node-rank={host}", "--master-addr=10.0.0.1", f"--master-port={PORT}"]  # fmt: skip
-            with (folder / f"{run_dir.name}.host{host}").open("w") as output:
-                started.append(
-                    subprocess.Popen(
-                        [*ENTER, str(self.keepers[host]), *launcher, str(SCRIPT), *words],
-                        env=os.environ | environment(), stdout=output, stderr=output, text=True,
-                    )  # fmt: skip
-                )
+        for host, keeper in enumerate(self.keepers):
+            there = [*ENTER, str(keeper), *torchrun, f"--node-rank={host}", str(SCRIPT), *words]
+            with (folder / f"{run_dir.name}.host{host}").open("a") as output:
+                env = os.environ | environment()
+                started.append(subprocess.Popen(there, env=env, stdout=output, stderr=output, text=True))
         return started
 
 

@@ -40,7 +40,8 @@ class MambaConfig:
 class ModelConfig:
     """Architecture of one decoder; each field is a key of `recipes/model/*.yaml`. Impossible sizes raise ValueError."""
 
-    vocab_size: int = 4096
+    vocab_size: int = 4096  # replaced by the tokenizer's
+    vocab_multiple: int = 1  # ... rounded up to a multiple of this, with rows that no token uses (tensor parallelism)
     dim: int = 256  # width of the residual stream
     layers: int = 4  # number of blocks
     heads: int = 4  # query heads
@@ -60,7 +61,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         self.activation = _activation(self.activation)
-        for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "ffn_dim", "max_seq_len"):
+        for name in ("vocab_size", "vocab_multiple", "dim", "layers", "heads", "kv_heads", "ffn_dim", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
         if self.head_dim is None and self.dim % self.heads:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from lowprec.comm import CommConfig
-from lowprec.linear import Plan
+from lowprec.linear import Plan, QuantizedLinear
 from lowprec.model.transformer import Block, Transformer
 from lowprec.parallel.config import EngineKind, ParallelConfig, Recompute
 from lowprec.parallel.context import context_parallel
@@ -56,7 +56,7 @@ def parallelize(
     wire = (comm.activation_codec, transport.meter)
     tensor_parallel(model, plan, world, *wire)
     context_parallel(model, plan, world, *wire)
-    recompute(model, config.recompute)
+    recompute(model, config.recompute, config.compile_with if config.compile else None)
     stages = cut(model, plan, world.axis("pp"), config.virtual_stages)
     roots: list[nn.Module] = [*stages] if stages else [model]
     for root in roots:
@@ -69,16 +69,22 @@ def parallelize(
     return Engine(model, optimizer, world, plan.clock, transport)
 
 
-def recompute(model: Transformer, how: Recompute) -> None:
-    """Wraps what is computed again in the backward pass."""
+def recompute(model: Transformer, how: Recompute, compiler: str | None = None) -> None:
+    """Wraps what is computed again in the backward pass, and compiles each block: around what is recomputed inside of
+    it, inside of what recomputes it whole. Quantised products stay outside the graphs."""
     again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in model.layers:
         assert isinstance(block, Block)
-        if how is Recompute.full:
-            block.forward = again(block.forward)  # type: ignore[method-assign]
-        elif how is Recompute.selective:
+        if how is Recompute.selective:
             block.attn.core = again(block.attn.core)
             block.mlp.activate = again(block.mlp.activate)
+        if compiler:
+            for layer in block.modules():
+                if isinstance(layer, QuantizedLinear):
+                    layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward, backend=compiler)  # type: ignore[method-assign]
+        if how is Recompute.full:
+            block.forward = again(block.forward)  # type: ignore[method-assign]
 
 
 def shard(root: nn.Module, blocks: list[nn.Module], world: World, config: ParallelConfig, dtype: torch.dtype) -> None:

@@ -45,6 +45,7 @@ class ParallelConfig:
     virtual_stages: int = 1  # pipeline stages a rank: 1 = 1F1B, more = interleaved 1F1B
     recompute: Recompute = Recompute.none
     compile: bool = False  # torch.compile of every block; quantised products stay outside the graphs
+    compile_with: str = "inductor"  # the backend of torch.compile
     reshard_after_forward: bool = (
         True  # false keeps gathered weights until the backward pass: more memory, less traffic
     )

@@ -118,9 +118,10 @@ class Engine:
         self.optimizer.zero_grad()
 
     def end_step(self, accept: Tensor | bool) -> None:
-        """After the step: whether its update was made and sound."""
+        """After the step, when the weights have been changed for the last time: whether its update was made and sound."""
         if self.transport is not None:
             self.transport.end_step(accept)
+        self._new_weights()
 
     @property
     def remarks(self) -> list[str]:

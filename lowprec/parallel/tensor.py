@@ -108,7 +108,7 @@ def refuse(config: ModelConfig, ranks: int) -> None:
     if config.vocab_size % ranks:
         raise ValueError(
             f"parallel.tp={ranks} does not divide the vocabulary of {config.vocab_size}: pad it with rows that no "
-            f"token uses, to model.vocab_size={config.vocab_size + -config.vocab_size % ranks}"
+            f"token uses: set model.vocab_multiple={ranks}"
         )
 
 

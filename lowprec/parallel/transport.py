@@ -83,6 +83,7 @@ class Transport:
         self._units: list[FSDPModule] = []
         self._gathers: list[MeteredAllGather] = []
         self._feedback: dict[str, Feedback] = {}
+        self._level: Nodes | None = None  # of a reduce-scatter in two levels
         self._amax: dict[str, Tensor] | None = None  # of the matrices whose format needs it; None: not of these weights
 
     # ---- laying it over a model
@@ -91,6 +92,7 @@ class Transport:
         """Gives every FSDP2 unit under `root` its collectives; after sharding and `to_empty`, before the first step."""
         fsdp, replicate = self.world.fsdp, self.world.axis("replicate")
         nodes = self._nodes() if self.config.hpz or self._two_level else None
+        self._level = nodes if self._two_level else None
         layers = {id(layer): name for name, layer in self.plan.layers.items()}
         for name, unit in root.named_modules():
             if not isinstance(unit, FSDPModule) or not (params := list(_params(unit))):
@@ -134,7 +136,7 @@ class Transport:
         rows.fsdp_post_all_gather = MethodType(_post, _Hook(self, matrix))
         self._matrices.append(matrix)
         if self.config.codes and matrix.layer is not None and matrix.layer.recipe.quantized:
-            why = codes_refusal(matrix.layer.recipe, *rows.shape)
+            why = self._refusal(matrix, matrix.layer.recipe)
             if why:
                 self.remarks.append(f"note: {name}.weight does not travel as codes: {why}")
 
@@ -161,23 +163,31 @@ class Transport:
             gather.new_weights()
 
     def regather(self) -> None:
-        """Frees what is gathered: the next use gathers anew, as its recipe says."""
+        """Frees what is gathered: the next use gathers anew, as its recipe says. Maxima and secondary shards of hpZ,
+        which belong to the recipe of before, are void too."""
+        self.new_weights()
         for unit in self._units:
             unit.reshard()
 
     def end_step(self, accept: Tensor | bool) -> None:
         """Whether the update was made: only then do errors of gradients that were sent count as sent."""
         if self._feedback:
+            accepted = bool(accept)  # waits for the device, once
             for feedback in self._feedback.values():
-                feedback.end_step(bool(accept))
+                feedback.end_step(accepted)
 
     def way(self, matrix: Matrix) -> LinearRecipe | Codec | None:
         """How a matrix travels now."""
         if self.config.codes and matrix.layer is not None:
             recipe = matrix.layer.recipe
-            if recipe.quantized and codes_refusal(recipe, *matrix.rows.shape) is None:
+            if recipe.quantized and self._refusal(matrix, recipe) is None:
                 return recipe
         return self.config.weight_codec
+
+    def _refusal(self, matrix: Matrix, recipe: LinearRecipe) -> str | None:
+        if (matrix.param.mp_policy.param_dtype or matrix.rows.dtype) != self.dtype:
+            return f"its gradient is added up in {matrix.rows.dtype}, and that of codes comes in {self.dtype}"
+        return codes_refusal(recipe, *matrix.rows.shape)
 
     def encode(self, matrix: Matrix) -> tuple[Tensor, Tensor | None]:
         """This rank's rows as they travel now, uint8 or the compute dtype, and the tensor scale of codes."""
@@ -211,19 +221,26 @@ class Transport:
 
     # ---- in a checkpoint
 
+    @property
+    def own(self) -> str:
+        """What this rank's keys begin with: errors are of one kind of feedback, one layout, one cut into nodes."""
+        sizes = "x".join(str(size) for size in self.world.mesh.shape)
+        level = f"x{self._level.inside.size()}" if self._level else ""
+        return f"{self.config.feedback.value}/{sizes}{level}/{self.world.rank}/"
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Errors not sent yet, {"<rank>/<unit>/<key>": tensor}: a rank's own."""
+        """Errors not sent yet, {"<own><unit>/<key>": tensor}."""
         return {
-            f"{self.world.rank}of{self.world.size}/{unit}/{key}": tensor
+            f"{self.own}{unit}/{key}": tensor
             for unit, feedback in self._feedback.items()
             for key, tensor in feedback.state_dict().items()
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse; on another number of ranks the errors are forgotten."""
+        """Inverse; under another layout or feedback the errors are forgotten."""
         for unit, feedback in self._feedback.items():
-            prefix = f"{self.world.rank}of{self.world.size}/{unit}/"
-            own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            prefix, device = f"{self.own}{unit}/", self.world.device
+            own = {key.removeprefix(prefix): t.to(device) for key, t in tensors.items() if key.startswith(prefix)}
             if own:
                 feedback.load_state_dict(own)
 

@@ -85,7 +85,9 @@ class Wire:
             if len(shape) < 2 or shape[0] % ranks or ranks == 1:
                 return Weight(plain, plain)
             rows, recipe = shape[0] // ranks, recipes.get(name)
-            if comm.codes and recipe and recipe.quantized and codes_refusal(recipe, rows, shape[1]) is None:
+            in_place = name.startswith("layers.") or dtype == torch.float32  # the root's gradients are fp32
+            may = comm.codes and in_place and recipe is not None and recipe.quantized
+            if may and recipe and codes_refusal(recipe, rows, shape[1]) is None:
                 size = ranks * payload_bytes(recipe, rows, shape[1])
                 return Weight(size, size, int(needs_amax(recipe)))
             codec = comm.weight_codec

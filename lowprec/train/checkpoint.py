@@ -198,9 +198,10 @@ class Checkpoints:
     def _read(self, state: TrainState, step: int, found: Metadata) -> list[str]:
         state.oscillation.reopen(step)
         wanted, held = state.state_dict(), found.state_dict_metadata
-        own = f"comm/{self.world.rank}of{self.world.size}/"  # of this rank alone; known only once a step was made
+        transport = state.engine.transport
+        own = f"comm/{transport.own}" if transport else ""  # of this rank alone; sizes are known once a step was made
         for key, tensor in held.items():
-            if key.startswith(own) and isinstance(tensor, TensorStorageMetadata):
+            if own and key.startswith(own) and isinstance(tensor, TensorStorageMetadata):
                 wanted[key] = torch.empty(tensor.size, dtype=tensor.properties.dtype)
         missing = [
             k for k in wanted if k.startswith(OPTIONAL) and getattr(held.get(k), "size", None) != wanted[k].shape

@@ -20,6 +20,7 @@ def validation_losses(session: Session, stop: Stop) -> Record:
         losses["val_loss"] = validation_loss(session, stop, high_precision=False)
         if session.run.train.eval_high_precision:
             losses["val_loss_high_precision"] = validation_loss(session, stop, high_precision=True)
+        session.state.engine.regather()  # the next step's recipes may be others: there was no backward pass to free
     return {} if None in losses.values() else losses
 
 

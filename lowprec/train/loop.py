@@ -161,8 +161,8 @@ def train_step(session: Session) -> Done:
         state.engine.drop_gradients()
     accept = torch.isfinite(loss) & torch.isfinite(grad_norm) & verdict.updates
     plan.end_step(state.step, accept, session.world.stage)
-    state.engine.end_step(accept)
     reset = state.oscillation.after_update(state.step)
+    state.engine.end_step(accept)
 
     state.step += 1
     state.tokens += t.global_batch * run.data.seq_len

@@ -198,7 +198,8 @@ class Oscillation:
         weight = self.plan.layers[name].weight
         if not isinstance(weight, DTensor):
             return local
-        shape = torch.Size((weight.shape[0], local.shape[1]))
+        columns = local.shape[1] * weight.shape[1] // self._local(name).shape[1]  # tensor parallelism may cut them
+        shape = torch.Size((weight.shape[0], columns))
         return DTensor.from_local(
             local, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=(shape[1], 1)
         )

@@ -114,9 +114,10 @@ def open_session(run: Run, world: World) -> Session | None:
     """
     t, narrator = run.train, Narrator(world.is_first, run.train.steps)
     data = build_data(run.data, run.seed)  # safe on all ranks at once: the first to come fills the cache
-    if data.vocab_size != run.model.vocab_size:
-        narrator.say(f"model.vocab_size: {data.vocab_size} for this tokenizer, instead of {run.model.vocab_size}")
-        run = replace(run, model=replace(run.model, vocab_size=data.vocab_size))
+    vocab_size = data.vocab_size + -data.vocab_size % run.model.vocab_multiple
+    if vocab_size != run.model.vocab_size:
+        narrator.say(f"model.vocab_size: {vocab_size} for this tokenizer, instead of {run.model.vocab_size}")
+        run = replace(run, model=replace(run.model, vocab_size=vocab_size))
 
     done = max(committed(Path(run.run.dir) / "checkpoints"), default=0)
     folder = open_folder(run, world, done)

@@ -62,7 +62,7 @@ def lost_contact(error: BaseException | None) -> str | None:
         of_the_wire = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in text)
         if of_the_wire and _GONE.search(text):
             message = re.sub(r"\[[^]]*gloo/[^]]*\]\s*|\[Rank \d+\]:?\s*|Exception raised from.*", "", text)
-            return message.strip(" .")[:160]
+            return message.partition(". This is typically")[0].strip(" .")[:160]
         error = error.__cause__ or error.__context__
     return None
 

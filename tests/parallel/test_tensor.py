@@ -198,7 +198,7 @@ def test_models_that_cannot_be_cut_are_refused():
         ({"heads": 8, "kv_heads": 2}, "parallel.tp=3 does not divide model.heads=8"),
         ({"kv_heads": 2}, "parallel.tp=3 does not divide model.kv_heads=2"),
         ({"ffn_dim": 100}, "parallel.tp=3 does not divide model.ffn_dim=100"),
-        ({"vocab_size": 500}, "vocabulary of 500: .* model.vocab_size=501"),
+        ({"vocab_size": 500}, "vocabulary of 500: .* model.vocab_multiple=3"),
     ):
         with pytest.raises(ValueError, match=words):
             refuse(ModelConfig(**sizes | change), 3)

@@ -39,6 +39,15 @@ def test_codes_on_the_wire_do_not_change_a_bit(recipe: str, tmp_path: Path) -> N
         assert after < 0.8 * before and "does not travel as codes" not in plan
 
 
+def test_a_quantised_head_keeps_its_gradient_in_fp32(tmp_path: Path) -> None:
+    """The root's gradients are added up in fp32, which those of codes are not: the head travels plain, and it is said."""
+    rules = 'precision.rules=[{match: "*", recipe: default}]'
+    head = (rules, "model.tie_embeddings=false", "train.global_batch=4")  # one micro-batch a rank
+    plain = train_on(2, tmp_path, "run.dir=plain", *head)
+    assert numbers(train_on(2, tmp_path, "run.dir=coded", *head, "comm.codes=true")) == numbers(plain)
+    assert "lm_head.weight does not travel as codes: its gradient" in (tmp_path / "coded" / "plan.txt").read_text()
+
+
 def test_a_schedule_that_leaves_the_recipe(tmp_path: Path) -> None:
     """From half of the run on fprop is bf16: the weight itself is gathered again, and the numbers stay those."""
     switch = ("precision.schedule=[{from: 0.5, set: {nvfp4.fprop: bf16}}]", "train.eval_every=1")

@@ -30,6 +30,7 @@ class State:
         self.weight = distribute_tensor(torch.full((rows, 32), float(step)), mesh, [Shard(0)])
         self.vector, self.step = torch.full((8,), float(step)), step
         self.oscillation = SimpleNamespace(reopen=lambda step: None)
+        self.engine = SimpleNamespace(transport=None)
 
     def state_dict(self) -> dict[str, Any]:
         progress = json.dumps({"step": self.step})

@@ -73,6 +73,7 @@ class State:
         self.more: dict[str, Any] = {"plain": torch.full((3,), 7.0), f"comm/{rank}/error": torch.full((2,), rank + 1.0)}
         self.groups = [{"lr": 0.5, "betas": (0.9, 0.95), "fused": True, "eps": None}]
         self.oscillation = SimpleNamespace(reopen=lambda step: None)
+        self.engine = SimpleNamespace(transport=None)
 
     def state_dict(self) -> dict[str, Any]:
         return {
