@@ -133,6 +133,7 @@ def load(config: DictConfig) -> Run:
             raise ValueError(f"{key}={number} must not be negative (0 switches it off)")
     if t.global_batch % t.micro_batch:
         raise ValueError(f"train.global_batch={t.global_batch} is not a multiple of train.micro_batch={t.micro_batch}")
+    run.model.vocab_size += -run.model.vocab_size % run.model.vocab_multiple
     if run.data.seq_len > run.model.max_seq_len:
         raise ValueError(f"data.seq_len={run.data.seq_len} is longer than model.max_seq_len={run.model.max_seq_len}")
     run.comm.check()

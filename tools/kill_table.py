@@ -160,16 +160,16 @@ def hang(run: Run, victim: int = 1) -> str:
     run.until_step(8)
     run.kill(signal.SIGSTOP, victim)
     codes = run.wait(1 - victim)
-    said = run.line(rf"rank {victim}.* hangs: [^,;]*")
+    said = run.line(rf"rank {victim}.* hangs: [^;]*")
     run.end()
-    return f"{re.sub(r'[(].*[)] ', '', said)}, exit {codes[0]}; {run.finish()}"
+    return f"'{re.sub(r'[(].*?[)] ', '', said)}', exit {codes[0]}; {run.finish()}"
 
 
 def hang_in_data(run: Run) -> str:
     run.start("parallel.hang_s=3", patch=stuck_loader)
     codes = run.wait()
     said = run.line(r"rank 1 .* hangs: no progress in step 9, in [^;]*")
-    return f"{re.sub(r'[(].*?[)] ', '', said, count=1)}, exit {codes[0]}; {run.finish()}"
+    return f"'{re.sub(r'[(].*?[)] ', '', said, count=1)}', exit {codes[0]}; {run.finish()}"
 
 
 def data_gone(run: Run) -> str:

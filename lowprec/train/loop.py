@@ -191,12 +191,15 @@ def roll_back(session: Session, metrics: MetricsLog | None) -> None:
             f"step {bad_step}: guard=rollback finds no checkpoint to go back to; set train.checkpoint_every, "
             "or choose guard=skip"
         )
+    consumed = state.loader.state_dict()["samples"]
     session.checkpoints.load(state, target)
-    state.loader.skip(bad_step - state.step)
+    consumed -= state.loader.state_dict()["samples"]  # what an earlier rollback passed over is in it
+    passed = consumed // session.run.train.global_batch
+    state.loader.skip(passed)
     state.guard.counts = counts
     if metrics:
         metrics.rewind(state.step)
-    session.narrator.say(f"back to step {state.step}; the data of {bad_step - state.step} steps is passed over")
+    session.narrator.say(f"back to step {state.step}; the data of {passed} steps is passed over")
 
 
 def number(x: torch.Tensor) -> float | None:
