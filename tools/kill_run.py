@@ -3,6 +3,7 @@
 Part of tools/kill_table.py. The forking process has loaded everything, so a rank is there in a tenth of a second.
 """
 
+import atexit
 import json
 import math
 import os
@@ -62,6 +63,7 @@ def make_text(folder: Path) -> None:
 
 def _rank(words: list[str], rank: int, ranks: int, port: int, output: str, patch: Patch) -> None:
     """A forked process becomes a rank of a run."""
+    atexit._clear()  # what the tool wants done at its end is not the rank's to do
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)

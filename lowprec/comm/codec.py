@@ -209,7 +209,7 @@ class Codec:
             )
 
     def _unrotate(self, x: Tensor) -> Tensor:
-        return rotate(x, self.rotation, _signs(self.rotation), inverse=True) if self.rotation else x
+        return rotate(x, self.rotation, fixed_signs(self.rotation, x.device), inverse=True) if self.rotation else x
 
     def _pieces(self, payload: Tensor, n: int) -> Iterator[tuple[int, int]]:
         width = self.width(n)
@@ -256,19 +256,14 @@ def _quantize(x_RN: Tensor, format: Format, rotation: int, random: tuple[Stream,
     if x_RN.device.type == "cpu" and qdq.refuses(format) is None and qdq.load()[0] is not None:
         factors = None
         if rotation and rotation <= qdq.LARGEST_ROTATION:
-            factors = _signs(rotation) * rotation**-0.5
+            factors = fixed_signs(rotation) * rotation**-0.5
         elif rotation:
-            x_RN = rotate(x_RN, rotation, _signs(rotation))
+            x_RN = rotate(x_RN, rotation, fixed_signs(rotation))
         q = qdq.run(x_RN.contiguous(), format, torch.uint8, random, factors=factors)
         return QTensor(q.values, store(q.scales, format.scale), q.level, format)
-    x_RN = rotate(x_RN, rotation, _signs(rotation)) if rotation else x_RN
+    x_RN = rotate(x_RN, rotation, fixed_signs(rotation, x_RN.device)) if rotation else x_RN
     noise = random[0].noise(random[1], x_RN.shape, x_RN.device) if random else None
     return format.quantize(x_RN, noise)
-
-
-@functools.cache
-def _signs(n: int) -> Tensor:
-    return fixed_signs(n)
 
 
 def _decode_element(name: str, codes_B: Tensor, start: int, stop: int, out: Tensor) -> None:

@@ -207,8 +207,8 @@ def aligned_run(cut: Cut, rows: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _places(cut: Cut, rows: int, padded: int) -> Tensor:
-    return F.pad(positions(cut, rows), (0, padded - rows))  # zeros are rounded to zero whatever their noise
+def _places(cut: Cut, rows: int, padded: int, device: torch.device) -> Tensor:
+    return F.pad(positions(cut, rows), (0, padded - rows)).to(device)  # zeros are rounded to zero whatever their noise
 
 
 def cuts_of(name: str, call: Call, axes: Iterable[str] | None = None) -> tuple[Cut, ...]:
@@ -257,4 +257,4 @@ def window_of(role: str, side: Side, x: Tensor, operand: Operand, call: Call) ->
     rows, columns = (call.cuts.get(axis) for axis in MATRICES[name])
     first = columns.rank * call.sizes[MATRICES[name][1]] if columns else 0
     here = x.shape[TRANSPOSED[role][side == "b"]]
-    return Window((down, across), first, _places(rows, call.sizes[MATRICES[name][0]], here) if rows else None)
+    return Window((down, across), first, _places(rows, call.sizes[MATRICES[name][0]], here, x.device) if rows else None)

@@ -103,7 +103,7 @@ def turned(
         if rotation.signs == "none":
             signs = None
         elif rotation.signs == "fixed":
-            signs = fixed_signs(size).to(x.device)
+            signs = fixed_signs(size, x.device)
         else:
             signs = stream.signs(key, size, x.device)
         x = rotate(x, size, signs, inverse)

@@ -30,11 +30,15 @@ _NVFP4_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 _LARGEST_PALEY = 1024
 
 
-def fixed_signs(n: int) -> Tensor:
-    """The sign vector that a whole run shares: for n = 16 the one that NVFP4 training stacks hard-code; fp32 (n,)."""
+@functools.cache
+def fixed_signs(n: int, device: torch.device | str = "cpu") -> Tensor:
+    """The sign vector that a whole run shares: for n = 16 the one that NVFP4 training stacks hard-code; fp32 (n,).
+
+    Made once for each device, since a copy from the host would make it wait for the device; do not write to it.
+    """
     if n == 16:
-        return torch.tensor(_NVFP4_SIGNS, dtype=torch.float32, device="cpu")
-    return Stream(layer="fixed_signs").signs(f"signs{n}", n)
+        return torch.tensor(_NVFP4_SIGNS, dtype=torch.float32, device=device)
+    return Stream(layer="fixed_signs").signs(f"signs{n}", n, device)
 
 
 def check_size(n: int) -> None:

@@ -56,6 +56,8 @@ class ParallelConfig:
 
     def sizes(self, ranks: int) -> dict[str, int]:
         """{axis: size} for so many ranks, outermost first. Raises ValueError if they cannot be laid out like this."""
+        if self.timeout_s < 1:
+            raise ValueError(f"parallel.timeout_s={self.timeout_s} must be at least 1 second")
         if self.hang_s < 0:
             raise ValueError(f"parallel.hang_s={self.hang_s} must not be negative (0 switches the watchdog off)")
         sizes = {axis: getattr(self, axis) for axis in AXES}

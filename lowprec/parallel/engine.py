@@ -118,7 +118,7 @@ class Engine:
         self.optimizer.zero_grad()
 
     def end_step(self, accept: Tensor | bool) -> None:
-        """After the step, when the weights have been changed for the last time: whether its update was made and sound."""
+        """After the step and its last change of the weights: whether the update was made and sound."""
         if self.transport is not None:
             self.transport.end_step(accept)
         self._new_weights()

@@ -33,6 +33,7 @@ from lowprec.comm import (
     Codec,
     CommConfig,
     Feedback,
+    FeedbackKind,
     GradientReduceScatter,
     Meter,
     MeteredAllGather,
@@ -85,6 +86,8 @@ class Transport:
         self._feedback: dict[str, Feedback] = {}
         self._level: Nodes | None = None  # of a reduce-scatter in two levels
         self._amax: dict[str, Tensor] | None = None  # of the matrices whose format needs it; None: not of these weights
+
+        self.remarks.extend(f"note: {sentence}" for sentence in _idle(self.config, self.world))
 
     # ---- laying it over a model
 
@@ -289,6 +292,16 @@ def _post(
             return None
         return decoded, (decoded,)
     return None if local is not None else (gathered.view(shape), (gathered,))
+
+
+def _idle(config: CommConfig, world: World) -> Iterator[str]:
+    """Settings that this layout has no use for, each in a sentence."""
+    if world.size > 1 and world.fsdp.size() == 1:
+        wished = {"feedback": config.feedback is not FeedbackKind.none, "hpz": config.hpz, "codes": config.codes}
+        for key in (key for key, on in wished.items() if on):
+            yield f"comm.{key} does nothing here: no ranks share the parameters (parallel.shard and parallel.cp are 1)"
+    if world.size > 1 and config.activations and world.axis("tp").size == world.axis("cp").size == 1:
+        yield "comm.activations does nothing here: no activations are gathered (parallel.tp and parallel.cp are 1)"
 
 
 def _params(unit: FSDPModule) -> Iterator[Any]:

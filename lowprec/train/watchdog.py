@@ -195,13 +195,16 @@ class Watchdog:
 
     def _store_is_silent(self, silent_s: float) -> None:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            self._end([], f"torchrun's rendezvous store has not answered for {silent_s:.0f} s")
+            self._end([], f"torchrun's rendezvous store has not answered for {silent_s:.0f} s", cut_off=True)
         else:
-            self._end([0], f"rank 0 hangs: the rendezvous store, which it keeps, has not answered for {silent_s:.0f} s")
+            sentence = f"rank 0 hangs: the rendezvous store, which it keeps, has not answered for {silent_s:.0f} s"
+            self._end([0], sentence, cut_off=True)
 
-    def _end(self, ranks: list[int], sentence: str) -> NoReturn:
-        """The lowest rank that does not hang says it; the others give it time to."""
-        if self.rank == min(set(range(self.size)) - set(ranks), default=self.rank):
+    def _end(self, ranks: list[int], sentence: str, cut_off: bool = False) -> NoReturn:
+        """The lowest rank that does not hang says it, and if hosts may be cut off from each other, the first of each;
+        the others give it time to."""
+        lowest = min(set(range(self.size)) - set(ranks), default=self.rank)
+        if self.rank == lowest or (cut_off and os.environ.get("LOCAL_RANK") == "0"):
             print(f"lowprec-train: {sentence}; the others wait for it. {ADVICE.capitalize()}", file=sys.stderr)
         else:
             time.sleep(1)

@@ -35,7 +35,10 @@ def sentence(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["model=llama_tin"], "no model 'llama_tin' (did you mean llama_tiny?); model can be llama"),
         (["precision=nvfp5"], "no precision 'nvfp5' (did you mean nvfp4?); precision can be averis, bf16, "),
         (["train.stepz=3"], "no key 'train.stepz' (did you mean train.steps?); train has the keys checkpoint_async, "),
-        (["trian.steps=3"], "no key 'trian.steps' (did you mean train.steps?); a run has the keys comm, data, guard, model, "),
+        (
+            ["trian.steps=3"],
+            "no key 'trian.steps' (did you mean train.steps?); a run has the keys comm, data, guard, model, ",
+        ),
         (["+train.extra=3"], "no key 'train.extra'; train has the keys "),
         (["train.steps.x=1"], "no key 'train.steps.x': train.steps is a single value"),
         (["data.sources.0.pathh=x"], "no key 'data.sources.0.pathh' (did you mean data.sources.0.path?)"),

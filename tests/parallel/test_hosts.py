@@ -96,6 +96,7 @@ def test_the_cable_is_pulled(hosts: Hosts, tmp_path: Path) -> None:
         assert 8 <= steps_in(run_dir) < 40, said()
         assert (run_dir / "exit_code").read_text() == "75\n"
         assert "lowprec-train: ranks 2, 3 (host1) hang: no sign of life for " in outputs[0].read_text()
+        assert "lowprec-train: " in outputs[1].read_text()
         assert all(set(re.findall(r"exitcode *: *(-?\d+)", o.read_text())) == {"75"} for o in outputs), said()
         assert "lowprec/train/" not in said()
         hosts.cable(up=True)

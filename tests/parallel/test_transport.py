@@ -57,6 +57,11 @@ def test_a_schedule_that_leaves_the_recipe(tmp_path: Path) -> None:
     sent = [record["wire_bytes"]["weight_all_gather"] for record in coded]
     assert sent[0] == sent[1] < sent[2] == sent[3] == plain[0]["wire_bytes"]["weight_all_gather"]
 
+    # an evaluation has no backward pass, so what it gathered would still be there when the recipes change
+    kept = ("parallel.reshard_after_forward=false", "train.eval_high_precision=false", "comm.codes=true")
+    losses = [record["loss"] for record in train_on(2, tmp_path, "run.dir=kept", *switch, *kept)]
+    assert losses == [record["loss"] for record in plain]
+
 
 def test_bytes_of_four_ranks(tmp_path: Path) -> None:
     """One micro-batch a rank: NVFP4 codes and 8-bit gradients stay below 2.2 bytes a parameter; bf16 counts 6, less the
@@ -93,6 +98,15 @@ def test_every_comm_trains_and_resumes(comm: str, tmp_path: Path) -> None:
     train_on(2, tmp_path, "run.dir=parts", *settings, "train.steps=2")
     parts = train_on(2, tmp_path, "run.dir=parts", *settings)
     assert numbers(parts)[2:] == numbers(whole)[2:] and whole[-1]["loss"] < whole[0]["loss"]
+
+
+def test_error_feedback_begins_anew_under_another_layout(tmp_path: Path) -> None:
+    """As many ranks, but other buffers: a checkpoint of 4 shards goes on as 2 copies of 2, and says so."""
+    settings = ("run.dir=run", "comm=nvfp4_fp8_ef", "schedule=constant", "train.eval_every=0")
+    train_on(4, tmp_path, *settings, "train.steps=2")
+    records = train_on(4, tmp_path, *settings, "train.steps=3", "parallel=hsdp")
+    assert records[2]["loss"] < records[1]["loss"]
+    assert "memories, which begin anew" in (tmp_path / "run.out").read_text()
 
 
 def test_hsdp_equals_fsdp(tmp_path: Path) -> None:

@@ -83,9 +83,10 @@ def test_skip_makes_no_update(train, read, compare, monkeypatch, tmp_path: Path)
 
 
 def test_rollback_passes_over_the_data(train, read, compare, monkeypatch, tmp_path: Path) -> None:
-    """Step 6 fails; the run goes back to step 4 and takes the batches of steps 7, 8, ... as its steps 5, 6, ..."""
+    """Step 6 fails; the run goes back to step 4 and takes the batches of steps 7, 8, ... as its steps 5, 6, ...
+    The first of those is bad too, and is passed over with what was passed over before."""
     seen: list[int] = []
-    poison(monkeypatch, {20})
+    poison(monkeypatch, {20, 24})
     recorded = loop.forward_backward
 
     def record(session, batch):
@@ -94,10 +95,10 @@ def test_rollback_passes_over_the_data(train, read, compare, monkeypatch, tmp_pa
 
     monkeypatch.setattr(loop, "forward_backward", record)
     assert train(tmp_path / "run", "guard=rollback", "train.checkpoint_every=2") == 0
-    assert seen == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36]
+    assert seen == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40]
     lines = read(tmp_path / "run")
-    assert [r["step"] for r in lines] == list(range(1, 9)) and lines[-1]["guard_rollbacks"] == 1
-    assert [(e["step"], e["action"]) for e in events(tmp_path / "run")] == [(6, "rollback")]
+    assert [r["step"] for r in lines] == list(range(1, 9)) and lines[-1]["guard_rollbacks"] == 2
+    assert [(e["step"], e["action"]) for e in events(tmp_path / "run")] == [(6, "rollback"), (5, "rollback")]
 
 
 def test_rollback_gives_up(train, monkeypatch, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lowprec.linear import Plan, load_precision
 from lowprec.linear.deoscillation import Deoscillation
 from lowprec.numerics import FORMATS, Format
 from lowprec.train.oscillation import Oscillation, bins_off
+from tests.layouts import train_on
 
 STEPS = 40
 
@@ -248,3 +249,17 @@ def test_more_steps_may_not_move_windows_of_the_past(train, tmp_path: Path, caps
     early = [o.replace("start: 0.5", "start: 0.0") for o in options]
     assert train(tmp_path / "early", *early) == 0
     assert train(tmp_path / "early", *early, "train.steps=10") == 0
+
+
+@pytest.mark.distributed
+def test_a_window_goes_on_under_another_layout(tmp_path: Path) -> None:
+    """Saved inside a window by two shards, continued by two tensor-parallel ranks: the window ends as it would have."""
+    window = "precision.deoscillation={ratio: 1.01, start: 0.0, stop: 1.0, every: 4, window: 3}"
+    size = ("run.dir=run", "precision=nvfp4_deosc", window, "schedule=constant", "train.eval_every=0")
+    every = "precision.rules=[{match: lm_head, recipe: bf16}, {match: '*', recipe: nvfp4_deosc}]"
+    whole = train_on(2, tmp_path, *size, every, "run.dir=whole", "train.steps=3")
+    train_on(2, tmp_path, *size, every, "train.checkpoint_every=1", "train.keep_last=9", "train.steps=3")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000003")
+    records = train_on(2, tmp_path, *size, every, "parallel=tp", "train.steps=3")
+    assert records[2]["osc_ratio"] == pytest.approx(whole[2]["osc_ratio"], abs=0.02)
+    assert "begin anew" not in (tmp_path / "run.out").read_text()
