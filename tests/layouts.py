@@ -9,22 +9,17 @@ from lowprec.launch.train import main
 from tests.ranks import run
 
 TINY = [
-    "model.dim=64",
-    "model.layers=2",
-    "model.heads=4",
-    "model.kv_heads=2",
-    "model.ffn_dim=128",
-    "data=local_text",
-    "data.tokenizer=byte",
-    "data.seq_len=64",
-    "data.validation_frac=0.2",
-    "data.validation_sequences=4",
-    "data.validation_batch=2",
-    "train.global_batch=8",
-    "train.micro_batch=2",
-    "train.steps=4",
-    "schedule.decay_frac=0.5",
-    "model.vocab_size=320",
+    *(
+        "model.dim=64",
+        "model.layers=2",
+        "model.heads=4",
+        "model.kv_heads=2",
+        "model.ffn_dim=128",
+        "model.vocab_size=320",
+    ),
+    *("data=local_text", "data.tokenizer=byte", "data.seq_len=64", "data.validation_frac=0.2"),
+    *("data.validation_sequences=4", "data.validation_batch=2", "train.global_batch=8", "train.micro_batch=2"),
+    *("train.steps=4", "schedule.decay_frac=0.5"),
 ]
 
 

@@ -37,7 +37,7 @@ def sentence(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["train.stepz=3"], "no key 'train.stepz' (did you mean train.steps?); train has the keys checkpoint_async, "),
         (
             ["trian.steps=3"],
-            "no key 'trian.steps' (did you mean train.steps?); a run has the keys comm, data, guard, model, ",
+            "no key 'trian.steps' (did you mean train.steps?); a run has the keys comm, data, guard, ",
         ),
         (["+train.extra=3"], "no key 'train.extra'; train has the keys "),
         (["train.steps.x=1"], "no key 'train.steps.x': train.steps is a single value"),

@@ -40,7 +40,7 @@ def test_codes_on_the_wire_do_not_change_a_bit(recipe: str, tmp_path: Path) -> N
 
 
 def test_a_quantised_head_keeps_its_gradient_in_fp32(tmp_path: Path) -> None:
-    """The root's gradients are added up in fp32, which those of codes are not: the head travels plain, and it is said."""
+    """The root's gradients are added up in fp32, which those of codes are not: the head travels plain; it is said."""
     rules = 'precision.rules=[{match: "*", recipe: default}]'
     head = (rules, "model.tie_embeddings=false", "train.global_batch=4")  # one micro-batch a rank
     plain = train_on(2, tmp_path, "run.dir=plain", *head)
