@@ -112,8 +112,8 @@ class Guard:
             spikes = ", or spikes" if self.config.on_spike is GuardAction.stop else ""
             raise Diverged(
                 f"step {step}: the loss or the gradient norm is not finite{spikes}, so the run stops here and keeps "
-                "its last checkpoint; a lower optim.lr, another seed, more layers in bf16 (precision.rules), guard=skip, "
-                "guard=rollback or guard=raise_precision may help"
+                "its last checkpoint; a lower optim.lr, another seed, more layers in bf16 (precision.rules), "
+                "guard=skip, guard=rollback or guard=raise_precision may help"
             )
 
     def record(self) -> dict[str, int]:
