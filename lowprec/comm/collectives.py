@@ -22,6 +22,7 @@ are not even rounded. What this is not: overlapped. A call returns when its resu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -158,8 +159,8 @@ class Nodes:
     between: dist.ProcessGroup
 
     @staticmethod
-    def split(group: dist.ProcessGroup, ranks_per_node: int) -> Nodes:
-        """Cut a group into nodes. Collective: all ranks of the group must call it.
+    def split(group: dist.ProcessGroup, ranks_per_node: int, timeout: timedelta | None = None) -> Nodes:
+        """Cut a group into nodes. Collective: all ranks of the group must call it. timeout: of the new groups.
 
         Raises:
             ValueError: if nodes of that size do not fill the group.
@@ -174,7 +175,7 @@ class Nodes:
         node, place = divmod(own, ranks_per_node)
         inside = members[node * ranks_per_node : (node + 1) * ranks_per_node]
         between = members[place::ranks_per_node]
-        return Nodes(*(dist.new_group(part, use_local_synchronization=True) for part in (inside, between)))
+        return Nodes(*(dist.new_group(part, timeout, use_local_synchronization=True) for part in (inside, between)))
 
 
 @torch.no_grad()

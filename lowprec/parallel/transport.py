@@ -150,7 +150,8 @@ class Transport:
     def _nodes(self) -> Nodes:
         ranks = self.config.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size))
         inner = self.world.axis("tp").size  # ranks of a node that share a place in the sharding group
-        return Nodes.split(self.world.fsdp.get_group(), max(1, min(ranks // inner, self.world.fsdp.size())))
+        per_node = max(1, min(ranks // inner, self.world.fsdp.size()))
+        return Nodes.split(self.world.fsdp.get_group(), per_node, self.world.timeout)
 
     def _stream(self, key: str) -> Any:
         return lambda: self.plan.clock.stream(key)
@@ -286,6 +287,8 @@ def _post(
         return weight, (gathered,)
     if isinstance(way, Codec):
         decoded = way.decode(gathered.view(ranks, -1), self.matrix.rows.numel(), param_dtype).reshape(shape)
+        if decoded.untyped_storage().data_ptr() != gathered.untyped_storage().data_ptr():
+            gathered.untyped_storage().resize_(0)  # as FSDP2 does; it allocates it again before the next gather
         if local is not None:
             with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(local):
                 local.copy_(decoded)
