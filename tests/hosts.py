@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ import lowprec
 import lowprec.train.loop as loop
 from lowprec.launch.train import command
 from tests.layouts import settings
+from tests.ranks import CONTEXT
 
 HOSTS, RANKS_PER_HOST = 2, 2
 PORT = "29500"  # free: namespaces are new
@@ -103,8 +103,7 @@ class Hosts:
         """
         words, run_dir = command_line(folder, *overrides)
         outputs = [folder / f"{run_dir.name}.host{host}" for host in range(HOSTS)]
-        context = get_context("fork")
-        processes = [context.Process(target=self._rank, args=(rank, words, outputs)) for rank in range(4)]
+        processes = [CONTEXT.Process(target=self._rank, args=(rank, words, outputs)) for rank in range(4)]
         for process in processes:
             process.start()
         deadline = time.monotonic() + PATIENCE_S

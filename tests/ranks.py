@@ -1,8 +1,12 @@
-"""Several ranks in one test: forked processes, which start in a tenth of a second, joined by gloo over a file.
+"""Several ranks in one test: processes that start in a tenth of a second, joined by gloo over a file.
 
     results = run(4, function, 1, 2)        # function(1, 2) on every rank; dist.get_rank() tells which it is
 
-`function` lives at the top of a test module. A collective that waits longer than 30 s fails, and so does the test.
+`function` lives at the top of a test module; its arguments are pickled. A collective that waits longer than 30 s fails,
+and so does the test.
+
+Ranks are forked, but not from the test's process, which has threads (OpenMP's, loaders', W&B's) that a fork would leave
+without their locks: a server that has only imported things, one for each process of pytest, forks them.
 """
 
 import os
@@ -19,6 +23,9 @@ import torch
 import torch._dynamo  # what FSDP2 would import in every rank: seconds
 import torch.distributed as dist
 import torch.distributed.fsdp
+
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.ranks", "lowprec.launch.train", "lowprec.parallel.zero"])
 
 
 def _rank(
@@ -43,12 +50,11 @@ def _rank(
 def run(ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
     """What `function(*args)` returned on every rank (numbers, strings, numpy arrays: anything but tensors that share
     memory; return `.tolist()` or clones). AssertionError with the traceback of the first rank that failed."""
-    context = get_context("fork")
-    results: Queue[Any] = context.Queue()
+    results: Queue[Any] = CONTEXT.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         processes = [
-            context.Process(target=_rank, args=(rank, ranks, store, results, function, args)) for rank in range(ranks)
+            CONTEXT.Process(target=_rank, args=(rank, ranks, store, results, function, args)) for rank in range(ranks)
         ]
         for process in processes:
             process.start()

@@ -19,7 +19,7 @@ def numbers(records: list[dict]) -> list[list[float | None]]:
 
 @pytest.mark.parametrize(
     "recipe",
-    ["nvfp4", "fp8_tensorwise", "halo1_int8", "quartet2", "mxfp8"],
+    ["nvfp4", "halo1_int8", "quartet2", "mxfp8"],
 )
 def test_codes_on_the_wire_do_not_change_a_bit(recipe: str, tmp_path: Path) -> None:
     """Losses, gradients and evaluations (with the recipe and without) are those of gathering bf16; fewer bytes do it.
@@ -89,7 +89,7 @@ def test_accumulation_gathers_once_for_the_forward_and_reduces_once(tmp_path: Pa
     assert (b["weight_all_gather"] - root_bytes) * 2 == 5 * (a["weight_all_gather"] - root_bytes)
 
 
-@pytest.mark.parametrize("comm", ["fp8", "int8", "nvfp4_fp8_ef", "nvfp4_int4_loco", "zeropp"])
+@pytest.mark.parametrize("comm", ["int8", "nvfp4_int4_loco", "zeropp"])
 def test_every_comm_trains_and_resumes(comm: str, tmp_path: Path) -> None:
     """A run stopped in the middle and resumed gives the numbers of one that was not, error feedback included."""
     nodes = ("comm.ranks_per_node=1",) if comm == "zeropp" else ()
@@ -123,7 +123,7 @@ def test_hsdp_equals_fsdp(tmp_path: Path) -> None:
 def test_low_precision_communication_stays_within_the_seed_noise(tmp_path: Path) -> None:
     """Over three seeds, the loss curve of NVFP4 weights and FP8 gradients differs less from that of bf16 communication
     (same seed) than bf16 curves of two seeds differ: at every third of the run."""
-    size = ("train.steps=24", "train.eval_every=0", "optim.lr=0.004", "train.log_every=1", "schedule=constant")
+    size = ("train.steps=18", "train.eval_every=0", "optim.lr=0.004", "train.log_every=1", "schedule=constant")
 
     def curve(comm: str, seed: int) -> torch.Tensor:
         records = train_on(2, tmp_path, f"run.dir={comm}{seed}", f"comm={comm}", f"seed={seed}", *size)
