@@ -100,7 +100,7 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
             }
             record |= watch.record(t.global_batch * run.data.seq_len)
             record |= {"mem_bytes": peak_memory_bytes(world.device), "plan": fingerprint}
-            if world.size > 1:
+            if world.size > 1 and state.engine.transport is not None:
                 sent = sum(done.wire_bytes.values())
                 record |= {"wire_bytes": done.wire_bytes, "wire_bytes_per_param": sent / parameters}
             record |= guard.record() | done.reset | validation
