@@ -8,10 +8,10 @@ import yaml
 
 
 def test_a_folder_holds_what_is_promised(train, read, tmp_path: Path, capsys) -> None:
-    """Six names, metrics.jsonl with its documented keys and types, and a finished run that says so."""
+    """Seven names, metrics.jsonl with its documented keys and types, and a finished run that says so."""
     assert train(tmp_path) == 0
     said = capsys.readouterr().out
-    names = {"config.yaml", "run_id", "plan.txt", "data.json", "metrics.jsonl", "checkpoints"}
+    names = {"config.yaml", "run_id", "plan.txt", "data.json", "metrics.jsonl", "checkpoints", "exit_code"}
     assert {p.name for p in tmp_path.iterdir()} == names
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert config["train"]["steps"] == 8 and config["run"]["dir"] == str(tmp_path)
@@ -61,12 +61,13 @@ def test_validation_with_the_recipe_differs_from_validation_without(train, read,
 def test_other_settings_are_refused_by_name(train, tmp_path: Path, capsys, change: str) -> None:
     """What would have given other numbers does not continue a folder; the sentence names the key and both values."""
     assert train(tmp_path, "train.steps=1", "schedule.decay_frac=0") == 0
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "exit_code"}
     capsys.readouterr()
     assert train(tmp_path, "train.steps=1", "schedule.decay_frac=0", change) == 2
     error = capsys.readouterr().err
     assert f"holds a run with other settings: {change.split('=')[0]} (" in error and error.count("\n") == 1
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "exit_code"}
+    assert after == before and (tmp_path / "exit_code").read_text() == "2\n"
 
 
 def test_harmless_settings_may_change(train, read, tmp_path: Path) -> None:
