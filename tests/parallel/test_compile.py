@@ -1,4 +1,4 @@
-"""`parallel.compile` changes no number where the compiler only captures (aot_eager), recomputed and with coded weights."""
+"""`parallel.compile` changes no number where the compiler only captures (aot_eager): recomputed, coded weights."""
 
 from pathlib import Path
 
