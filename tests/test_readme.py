@@ -160,6 +160,7 @@ HOW: dict[str, Callable[[str, Path], None]] = {
     "make bench": benches,
     "python tools/bench_step.py --help": prints,
     "python tools/bench_quantize.py --help": prints,
+    "python tools/bench_comm.py --help": prints,
     "source .venv/bin/activate": is_set_up,
     "python3 -m venv .venv": is_set_up,
     ".venv/bin/pip install -e '.[gpu]'": is_set_up,
