@@ -50,3 +50,14 @@ def test_where_sums_keep_their_order_not_a_bit_changes(precision: str, tmp_path:
         moved = train_on(ranks, tmp_path, "run.dir=moved", *size, layout, f"train.steps={steps}")
     keys = ("step", "tokens", "loss", "grad_norm", "val_loss", "val_loss_high_precision")
     assert [[r.get(k) for k in keys] for r in moved] == [[r.get(k) for k in keys] for r in whole]
+
+
+def test_three_axes_at_once_on_eight_ranks(tmp_path: Path) -> None:
+    """2 stages x 2 shards x 2 parts of every matrix, in fp32, unquantised: the curve of one process."""
+    size = ("recipe=bf16_tiny", "train.dtype=fp32", "model.tie_embeddings=false", "optim.lr=0.002", "train.steps=3")
+    one = train_on(1, tmp_path, "run.dir=one", *size)
+    eight = train_on(8, tmp_path, "run.dir=eight", *size, "parallel.pp=2", "parallel.shard=2", "parallel.tp=2")
+    for a, b in zip(one, eight, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-4)
+    assert one[-1]["val_loss"] == pytest.approx(eight[-1]["val_loss"], rel=2e-5)
