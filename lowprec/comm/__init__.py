@@ -7,7 +7,7 @@ byte counts.
 >>> part_N = reduce_scatter(x_WN, group, codec, meter)            # (N,) fp32, summed in rank order
 """
 
-from lowprec.comm.activations import copy_to, gather_sequence, reduce_from, scatter_sequence
+from lowprec.comm.activations import copy_to, gather_sequence, scatter_sequence
 from lowprec.comm.codec import CODECS, Codec
 from lowprec.comm.collectives import (
     Nodes,
@@ -39,7 +39,6 @@ __all__ = [
     "copy_to",
     "gather_sequence",
     "max_all_reduce",
-    "reduce_from",
     "reduce_scatter",
     "scatter_sequence",
     "two_level_reduce_scatter",

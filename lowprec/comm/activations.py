@@ -6,10 +6,9 @@ function           forward                        backward
 gather_sequence    all-gather along ``dim``       reduce-scatter along ``dim``
 scatter_sequence   reduce-scatter along ``dim``   all-gather along ``dim``
 copy_to            nothing                        all-reduce
-reduce_from        all-reduce                     nothing
 ================== ============================== ==============================
 
-Each is the adjoint of the one below or above it (Megatron-LM, arXiv:1909.08053 and 2205.05198). Codec ``none`` sends
+The first two are adjoints of each other (Megatron-LM, arXiv:1909.08053 and 2205.05198). Codec ``none`` sends
 the tensor's own dtype: a gather is exact, and a sum is taken in fp32, in rank order, and rounded once. Another codec
 quantises what crosses the wire in both directions, to nearest; blocks run along the flattened part of a rank.
 
@@ -105,16 +104,6 @@ class _CopyTo(torch.autograd.Function):
         return ctx.wire.reduce(dy), None
 
 
-class _ReduceFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, wire: _Wire) -> Tensor:
-        return wire.reduce(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy, None
-
-
 def gather_sequence(
     x: Tensor,
     dim: int,
@@ -156,14 +145,3 @@ def copy_to(
 ) -> Tensor:
     """x, which all ranks have alike; its gradient is summed over ranks."""
     return x if group.size() == 1 else _CopyTo.apply(x, _Wire(group, codec, meter, kind))
-
-
-def reduce_from(
-    x: Tensor,
-    group: dist.ProcessGroup,
-    codec: Codec | str = "none",
-    meter: Meter | None = None,
-    kind: str = "activation",
-) -> Tensor:
-    """The sum of x over ranks, the same bits on all, x's dtype; its gradient passes unchanged."""
-    return x if group.size() == 1 else _ReduceFrom.apply(x, _Wire(group, codec, meter, kind))
