@@ -3,6 +3,7 @@
     config.yaml     every setting of the run, resolved
     run_id          the W&B run id, made once, used whether W&B is on or not
     plan.txt        the precision plan as printed
+    facts.json      sizes, tokens and formats in plain numbers (train/facts.py)
     data.json       fingerprint of tokenizer and text
     metrics.jsonl   the record (train/metrics.py)
     events.jsonl    what the guard decided, one line a decision

@@ -38,7 +38,13 @@ def train(session: Session, stop: Stop) -> int:
     with ExitStack() as resources:
         metrics = resources.enter_context(MetricsLog(folder.metrics, state.step)) if session.world.is_first else None
         tracker = Tracker(
-            run.monitor, run.name, folder.run_id, folder.path, to_dict(run), out.say, session.world.is_first
+            run.monitor,
+            run.name,
+            folder.run_id,
+            folder.path,
+            to_dict(run) | {"facts": session.facts},
+            out.say,
+            session.world.is_first,
         )
         resources.callback(tracker.finish, 1)  # if an exception ends the run; the first call to finish counts
         resources.enter_context(out.progress(state.step))

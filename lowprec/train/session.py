@@ -3,6 +3,7 @@
 All that a user can get wrong is found in here and raised as a ValueError, on every rank alike; cheap checks come first.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from lowprec.parallel.job import job_of, uncuttable
 from lowprec.parallel.layout import Job, Layout
 from lowprec.train.checkpoint import Checkpoints, committed
 from lowprec.train.console import Narrator
+from lowprec.train.facts import Facts, facts_of
 from lowprec.train.folder import Folder, open_folder, refuse_other_data
 from lowprec.train.guard import Guard
 from lowprec.train.oscillation import Oscillation, refuse
@@ -44,6 +46,7 @@ class Session:
     folder: Folder
     checkpoints: Checkpoints
     narrator: Narrator
+    facts: Facts
 
     @contextmanager
     def high_precision(self, on: bool = True) -> Iterator[None]:
@@ -147,9 +150,11 @@ def open_session(run: Run, world: World) -> Session | None:
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
         job = job_of_run(run, plan, per_node, world.device.type == "cpu")
         table += f"\n\n{account(job, Layout.of(run.parallel, world.size))}"
+    facts = facts_of(run, plan, data.fingerprint)
     if world.is_first:
         folder.keep("plan.txt", table + "\n")
+        folder.keep("facts.json", json.dumps(facts, indent=1) + "\n")
     narrator.say(table)
     begins = f"resumes after step {state.step}" if done else "starts"
     narrator.say(f"{begins}, {t.steps} steps, {world.size} x {world.device.type}: {folder.path}")
-    return Session(run, world, plan, data, state, folder, checkpoints, narrator)
+    return Session(run, world, plan, data, state, folder, checkpoints, narrator, facts)
