@@ -72,8 +72,9 @@ $(VENV)/.installed: pyproject.toml
 	$(PY) -m pip install --quiet --editable .
 	@touch $@
 
+# Triton (1 GB) for the proofs of kernels; where there is a GPU, torch brings its own.
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PY) -m pip install --quiet --editable '.[dev]'
+	@kernels=,kernels; nvidia-smi -L >/dev/null 2>&1 && kernels=; set -x; $(PY) -m pip install --quiet --editable ".[dev$$kernels]"
 	@touch $@
 
 clean:  ## remove build products and caches; environment and runs stay

@@ -226,5 +226,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script: `main`, and an end that does not wait for torch's threads."""
     end_process(main())
+
+
+if __name__ == "__main__":
+    command()

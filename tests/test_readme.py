@@ -51,6 +51,8 @@ def local(command: str) -> list[str]:
         "lowprec-train": "lowprec.launch.train",
         "lowprec-prepare": "lowprec.launch.prepare",
         "lowprec-export": "lowprec.launch.export",
+        "lowprec-sweep": "lowprec.launch.sweep",
+        "lowprec-scaling": "lowprec.tools.fit_scaling",
         "lowprec-numerics": "lowprec.tools.numerics",
         "lowprec-sensitivity": "lowprec.tools.sensitivity",
     }
@@ -63,7 +65,7 @@ def local(command: str) -> list[str]:
 
 def run(words: list[str], tmp_path: Path) -> str:
     """Run from the checkout, as the README says; whatever it printed, or a failure with all of it."""
-    words = [re.sub(r"\bmy_(?=recipes|texts|tokens)", f"{tmp_path}/my_", word) for word in words]
+    words = [re.sub(r"\bmy_(?=recipes|texts|tokens|report)", f"{tmp_path}/my_", word) for word in words]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{shlex.join(words)} returned {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -174,6 +176,9 @@ HOW: dict[str, Callable[[str, Path], None]] = {
     "lowprec-numerics --recipes nvfp4,quartet2,lowprec_max --data channel_means": prints,
     "lowprec-numerics --capture runs/plain --recipes nvfp4,mxfp8 --layers 'layers.0.mlp.*'": looks_at_a_run,
     "lowprec-sensitivity runs/plain --precision nvfp4 --keep 15": looks_at_a_run,
+    "lowprec-sweep cpu_ladder": prints,
+    "lowprec-scaling fit --runs docs/ladder/runs.csv --law efficiency --bootstrap 200": prints,
+    "lowprec-scaling report --runs docs/ladder/runs.csv --laws efficiency --bootstrap 200 --out my_report": prints,
     "lowprec-train --cfg job recipe=nvfp4_12b": prints,
     "lowprec-train --config-dir my_recipes recipe=mine": trains_on_own_recipe,
     "lowprec-prepare my_tokens --kind text --path 'my_texts/*.txt' --tokenizer byte": prepares,

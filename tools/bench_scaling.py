@@ -68,13 +68,13 @@ class Row:
         return self.above_scipy <= SLACK and self.same_samples
 
 
-def tables(runs: int) -> list[tuple[LawFile, RunTable]]:
+def tables(runs: int, precisions: int) -> list[tuple[LawFile, RunTable]]:
     """The laws and the tables they are fitted to, drawn with .3 % noise."""
     chinchilla, efficiency = load_law("chinchilla"), load_law("efficiency")
     values = dict(chinchilla.published["besiroglu"]["values"])
     iso = synth.isoflop_table(np.geomspace(6e18, 3e21, 9), np.geomspace(44e6, 16e9, round(runs / 4.4)))
-    schemes = [f"scheme{i:02d}" for i in range(16)]
-    effs = {f"eff_N[{name}]": float(eff) for name, eff in zip(schemes, np.geomspace(0.02, 1.0, 16))}
+    schemes = [f"scheme{i:02d}" for i in range(precisions - 1)]
+    effs = {f"eff_N[{name}]": float(eff) for name, eff in zip(schemes, np.geomspace(0.02, 1.0, len(schemes)))}
     grid = synth.grid_table([3e7, 1e8, 8e8], [3e9, 1e10, 4e10], ["bf16", *schemes])
     return [
         (chinchilla, synth.draw(chinchilla, values, iso)),
@@ -158,11 +158,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000, help="bootstraps (default 1000)")
     parser.add_argument("--workers", type=int, default=2, help="processes of the bootstrap (default 2)")
     parser.add_argument("--reps", type=int, default=5, help="repetitions of the fits (default 5)")
-    parser.add_argument("--quick", action="store_true", help="40 runs, 60 bootstraps, one repetition")
+    parser.add_argument("--quick", action="store_true", help="40 runs, 4 precisions, 60 bootstraps, once")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     args = parser.parse_args(argv)
-    runs, count, reps = (40, 60, 1) if args.quick else (args.runs, args.count, args.reps)
-    rows = [measure(law, table, count, args.workers, reps) for law, table in tables(runs)]
+    runs, precisions, count, reps = (40, 4, 60, 1) if args.quick else (args.runs, 17, args.count, args.reps)
+    rows = [measure(law, table, count, args.workers, reps) for law, table in tables(runs, precisions)]
     print("\n".join(json.dumps(asdict(row)) for row in rows) if args.json else shown(rows, args.workers))
     return 0 if all(row.right for row in rows) else 1
 

@@ -1,6 +1,7 @@
 """What the commands of `lowprec-scaling` do: from parsed options to what is printed and written, and the exit code."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,9 +35,13 @@ def ingest(options: argparse.Namespace) -> int:
 
 
 def law_of(options: argparse.Namespace, name: str) -> LawFile:
-    """The law with the values of --option, which are read as those of the YAML file."""
+    """The law as --option, --fix and --delta change its file; so held-out tests see the changed one too."""
     given = settings(options.option, "--option")
-    return load_law(name, **{key: yaml.safe_load(value) for key, value in given.items()})
+    law = load_law(name, **{key: yaml.safe_load(value) for key, value in given.items()})
+    held = settings(options.fix, "--fix", number=True)
+    params = {key: {**law.params.get(key, {}), "fixed": value} for key, value in held.items()}
+    huber = law.huber if options.delta is None else options.delta
+    return dataclasses.replace(law, huber=huber, params={**law.params, **params})
 
 
 def expanded(law: LawFile, table: RunTable) -> RunTable:
@@ -46,8 +51,8 @@ def expanded(law: LawFile, table: RunTable) -> RunTable:
 
 def fitted(options: argparse.Namespace, table: RunTable, name: str) -> tuple[Fit, Bootstrap | None, Verdict]:
     """A fit with its bootstrap and verdict, as the options ask."""
-    law, fixed = law_of(options, name), settings(options.fix, "--fix", number=True)
-    found = fit(law, expanded(law, table), delta=options.delta, seed=options.seed, fixed=fixed)
+    law = law_of(options, name)
+    found = fit(law, expanded(law, table), seed=options.seed)
     boot: Bootstrap | None = None
     if options.bootstrap and found.free:
         progress = meter(f"{law.name}: bootstrap", options.progress)

@@ -46,9 +46,9 @@ def command(options: argparse.Namespace) -> int:
 
 
 def can_hold_out(table: RunTable, direction: str) -> bool:
-    """Whether the table has sizes, or tokens per parameter, enough to hold some out."""
+    """Whether the table has losses, and sizes or tokens per parameter enough to hold some out."""
     try:
-        return bool(holdouts(table, direction))
+        return "loss" in table and bool(holdouts(table, direction))
     except ValueError:
         return False
 

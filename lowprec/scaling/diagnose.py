@@ -29,7 +29,7 @@ CONDITION_WEAK = 300  # 25 runs with .3 % noise and a condition of 300 err by 5 
 SPAN_WEAK: Mapping[str, float] = {"N": 8, "D": 8, "D/N": 4}  # with half of these, the same runs err twice as much
 RISING_REFUSE, RISING_WEAK = 0.25, 0.1  # share of pairs of runs of equal D in which the larger model is worse
 RISING = 0.002  # relative: smaller rises are noise (repeats of a run differ by about 0.0002)
-SAME_D, LARGER = 1.1, 1.25  # a pair has D within this factor, and N apart by this one
+SAME_D, LARGER, MUCH_LARGER = 1.1, 1.25, 2.0  # a pair has D within this factor, and N apart by this one
 PAIRS = 5  # with fewer, the slope of the loss on log N at given D is looked at instead
 MOST_ROWS = 1000  # that are compared in pairs
 SURE = 3.0  # standard errors
@@ -118,7 +118,7 @@ def _spread(fitted: Fit) -> Reasons:
         yield from _hanging(fitted)
     for column, least in SPAN_WEAK.items():
         span = fitted.spans.get(column, np.inf)
-        if free[column] and span < least and not (column == "D/N" and collinear):
+        if free[column] and round(span, 1) < least and not (column == "D/N" and collinear):
             yield weak(f"{column} spans a factor of {span:.3g} only; an exponent wants {least:g}")
 
 
@@ -161,8 +161,10 @@ def _rising(fitted: Fit) -> Reasons:
     loss = np.log(fitted.problem.response[rows])
     made = [c for c in dict.fromkeys((*fitted.law.law.needs, *LABELS)) if c in table and c not in SIZES]
     kind = table.groupby(made, dropna=False).ngroup().to_numpy() if made else np.zeros(len(rows), dtype=int)
-    alike = (np.abs(D[:, None] - D) < np.log(SAME_D)) & (kind[:, None] == kind)
-    small, large = np.nonzero(alike & (N - N[:, None] > np.log(LARGER)))
+    near = np.abs(D[:, None] - D) < np.log(SAME_D)
+    small, large = np.nonzero(near & (kind[:, None] == kind) & (N - N[:, None] > np.log(LARGER)))
+    if len(small) < PAIRS:  # every size has labels of its own: pairs of any, farther apart than labels bring a loss
+        small, large = np.nonzero(near & (N - N[:, None] > np.log(MUCH_LARGER)))
     why = "the larger models were trained for too short or are badly tuned, and no scaling law describes that"
     if len(small) >= PAIRS:
         share = float(np.mean(loss[large] - loss[small] > RISING))
@@ -214,7 +216,11 @@ def _mixtures(fitted: Fit) -> Reasons:
                 f"{'above' if off > 0 else 'below'} its curve: {fix}"
             )
         elif column == "precision":
-            yield weak(f"law {law.name} cannot tell the precisions of these runs ({', '.join(names)}) apart: {fix}")
+            yield weak(f"law {law.name} cannot tell the precisions of these runs ({_some(names)}) apart: {fix}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _apart(residuals: Array, mask: Array) -> float:

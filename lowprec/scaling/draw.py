@@ -217,13 +217,13 @@ def scatter(axes: Axes, table: RunTable, x: np.ndarray, y: np.ndarray, *, mask: 
     tint, of = colours(whole), of_precision(table)
     group = groups_of(table, whole)
     keep = np.ones(len(table), dtype=bool) if mask is None else mask
+    many: dict[str, Any] = {"markersize": 2, "rasterized": True} if len(table) > MANY else {}
     for name in precisions(table):
         for g in np.unique(group):
             here = keep & (of == name) & (group == g)
             if here.any():
-                axes.plot(x[here], y[here], MARKERS[g % len(MARKERS)], linestyle="none", markeredgewidth=0.8, alpha=0.9, markersize=2 if len(table) > MANY else None,
-                          color=tint[name], markerfacecolor="none" if hollow else tint[name],
-                          rasterized=len(table) > MANY)  # fmt: skip
+                axes.plot(x[here], y[here], MARKERS[g % len(MARKERS)], **many, linestyle="none", markeredgewidth=0.8,
+                          alpha=0.9, color=tint[name], markerfacecolor="none" if hollow else tint[name])  # fmt: skip
 
 
 def key(figure: Figure, table: RunTable, *, shown: Sequence[str] | None = None, sizes: bool = True,

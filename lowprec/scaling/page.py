@@ -25,7 +25,7 @@ a{color:var(--link)}.muted,figcaption{color:var(--muted)}nav a{margin-right:1em;
 .verdict.REFUSE{border-color:var(--refuse)}.verdict.REFUSE.loud{border:3px solid var(--refuse);font-size:1.15em}
 .OK>p>b:first-child{color:var(--ok)}.WEAK>p>b:first-child{color:var(--weak)}.REFUSE>p>b:first-child{color:var(--refuse)}
 .wide{overflow-x:auto;margin:.8em 0}table{border-collapse:collapse;font-size:.82em;font-variant-numeric:tabular-nums}
-td,th{border-bottom:1px solid var(--grid);padding:.2em .7em;text-align:right;white-space:nowrap}
+td,th{border-bottom:1px solid var(--grid);padding:.2em .6em;text-align:right;white-space:nowrap}
 td.text,th.text{text-align:left}th{background:var(--panel)}th[aria-sort]{cursor:pointer}
 th[aria-sort=ascending]::after{content:" \\25B4"}th[aria-sort=descending]::after{content:" \\25BE"}
 figure{margin:1.2em 0 2.4em;max-width:800px}figure .wide{margin:.3em 0}

@@ -142,7 +142,7 @@ def isoflop(lines: Lines) -> Drawing:
         ends = np.quantile(compute(table)[mine], [0.1, 0.9])
         none = np.array([], dtype=int)
         found = [(float(c), none) for c in (np.geomspace(ends[0], ends[1], 4) if ends[1] > 1.3 * ends[0] else ends[:1])]
-    found = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, LEVELS).astype(int))]
+    found = sorted(sorted(found, key=lambda level: -len(level[1]))[:LEVELS], key=lambda level: level[0])
     figure, (axes,) = canvas(height=4.2)
     handles, seen = [], list[float]()
     span = np.geomspace(N[mine].min() / 3, N[mine].max() * 3, 160)
@@ -170,7 +170,7 @@ def isoflop(lines: Lines) -> Drawing:
     caption = (
         f"For each compute C the law's loss over sizes in {label(precision)}, solid where the runs' N and D reach. "
         + (
-            "Dots are the runs of that compute; levels with three sizes or more are shown."
+            "Dots are the runs of that compute; the levels with most runs are shown, of three sizes or more."
             if supported
             else "The runs do not lie on levels of equal compute, so the curves at some of their computes stand alone."
         )

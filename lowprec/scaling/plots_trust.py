@@ -101,6 +101,8 @@ def coefficients(fit: "Fit", boot: "Bootstrap | None") -> Drawing:
         "coefficient that the runs determine."
         + (f" With a prime: taken at the middle of the runs ({units})." if units else "")
     )
+    if missing := [label(n) for n in fit.free if n not in names]:
+        caption += f" Not shown, for they are not positive or too many: {', '.join(missing)}."
     return Drawing(name, title, caption, figure)
 
 

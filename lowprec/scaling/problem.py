@@ -193,7 +193,7 @@ class Problem:
 
 
 def pose(law: LawFile, table: RunTable) -> Problem:
-    """The problem of fitting `law` to an expanded table. ValueError for a column missing, not finite or not positive."""
+    """The problem of fitting `law` to a table. ValueError for a column that is missing, not finite or not positive."""
     if not len(table):
         why = (
             f"{len(table.dropped)} were dropped, the first because: {table.dropped[0].reason}" if table.dropped else ""

@@ -75,10 +75,7 @@ def read(
     for source in dict.fromkeys(map(str, sources)):
         path = Path(source)
         if source.startswith("wandb://"):
-            from lowprec.scaling.sources.wandb_api import fetch
-
-            runs = fetch(source, Path(cache) if cache else None, progress)
-            raw = exports.load(runs) if isinstance(runs, Path) else exports.as_columns(runs)
+            raw = _project(source, Path(cache) if cache else None, progress)
             found.append(exports.read_table(raw, source, wanted, loss_unit))
         elif path.is_dir() or path.name == LOG or path.suffix == ".wandb":
             logs, files = _under(path)
@@ -98,6 +95,14 @@ def read(
 
         found.append(read_files([Path(file) for file in offline.values()]))
     return _table(found, n_kind, keep_unfinished)
+
+
+def _project(url: str, cache: Path | None, progress: Progress | None) -> pd.DataFrame:
+    """The runs of a W&B project, from the server or the cache."""
+    from lowprec.scaling.sources.wandb_api import fetch
+
+    runs = fetch(url, cache, progress)
+    return exports.load(runs) if isinstance(runs, Path) else exports.as_columns(runs)
 
 
 def _under(path: Path) -> tuple[list[str], list[str]]:

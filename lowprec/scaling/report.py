@@ -196,22 +196,19 @@ def _design(design: Design) -> str:
     return "\n".join([*parts, page.bullets(design.notes)])
 
 
+def _figure(value: float, form: str) -> Any:
+    """A cell with a formatted number; empty for NaN."""
+    return (f"{value:{form}}", value) if value == value else ""
+
+
 def _comparison(comparison: Comparison) -> str:
     rows = [
-        [s.law, ("", float("nan")) if s.cannot else (f"{s.mae:.4f}", s.mae), "" if s.cannot else f"{s.bias:+.4f}",
-         "" if s.coverage != s.coverage else f"{s.coverage:.0%}", s.n or "",
-         "" if s.cannot else f"{s.aicc:.1f}", s.cannot]
+        [s.law, *(_figure(value, form) for value, form in ((s.mae, ".4f"), (s.bias, "+.4f"), (s.coverage, ".0%"))),
+         s.n or "", *(_figure(value, form) for value, form in ((s.gap_mae, ".4f"), (s.aicc, ".1f"))), s.cannot]
         for s in comparison.scores
     ]  # fmt: skip
-    head = [
-        "law",
-        "mean abs. error (nats)",
-        "bias",
-        f"inside {comparison.level:.0%} interval",
-        "runs",
-        "AICc",
-        "cannot, for",
-    ]
+    head = ["law", "mean abs. error (nats)", "bias", f"inside {comparison.level:.0%} interval", "runs", "error of gaps",
+            "AICc", "" if all(not s.cannot for s in comparison.scores) else "cannot predict it, for"]  # fmt: skip
     held = f"Direction {comparison.direction}; held out: {'; '.join(comparison.holdouts)}."
     return page.paragraph(held) + page.table(head, rows) + page.paragraph(comparison.sentences()[-1])
 
@@ -234,8 +231,8 @@ def _coefficients(fit: "Fit", boot: "Bootstrap | None", verdict: "Verdict") -> s
     refits = f"{len(boot.x)} refits of resampled {boot.cluster}s" if boot else "no bootstrap"
     facts = (
         f"{verdict.grade}. {len(fit.residuals)} residuals, objective {fit.objective:.6g} (Huber, delta {fit.delta:g}), "
-        f"root mean square {fit.rmse:.4g}, condition {fit.condition:.3g}, {fit.reached:.0%} of the restarts ended here, "
-        f"{refits}. Largest over smallest: {spans}."
+        f"root mean square {fit.rmse:.4g}, condition {fit.condition:.3g}, {fit.reached:.0%} of the restarts "
+        f"ended here, {refits}. Largest over smallest: {spans}."
     )
     pivots = (
         f"Values at the pivots take N, D and C relative to their geometric means ({units}): natural A and B are little "

@@ -369,6 +369,11 @@ def test_a_lost_run_is_started_again(ladder, fake, capsys) -> None:
     assert "d32_128_bf16_s0 stopped (0/2): it printed nothing" in capsys.readouterr().err
     assert main(words) == 0 and len(started()) == 3
 
+    fake('if [ -e once ]; then kill -9 $$; fi; touch once; echo 75 >"$dir/exit_code"')
+    assert main([ladder(seeds=[1]), *words[1:]]) == 1
+    assert len(started()) == 5, "the code of the start before is not taken for this one's"
+    assert "d32_128_bf16_s1 failed (137)" in capsys.readouterr().err
+
 
 def test_jobs_and_what_they_are_given(ladder, fake, monkeypatch, capsys) -> None:
     """So many at a time, with threads and (without a launcher) a GPU each."""
@@ -394,14 +399,16 @@ def test_two_sweeps_share_a_ladder(ladder, fake, capsys) -> None:
     assert log is not None and claim(cell) is None and str(state_of(cell)) == "running (0/2)"
 
     def finish_elsewhere() -> None:
+        while not started():  # the other run: this one was passed over
+            time.sleep(0.05)
         cell.folder.mkdir()
         (cell.folder / "metrics.jsonl").write_text('{"step": 2, "tokens_per_s": 1}\n')
         log.close()
 
-    timer = threading.Timer(1.0, finish_elsewhere)
-    timer.start()
+    other = threading.Thread(target=finish_elsewhere, daemon=True)
+    other.start()
     assert main([source, "--run", "--launcher", fake("finish")]) == 0
-    timer.join()
+    other.join()
     assert started() == ["d32_128_bf16_s1"]
     out = capsys.readouterr().out
     assert "d32_128_bf16_s0: another sweep is training it; its end is waited for" in out
@@ -530,11 +537,13 @@ def test_only_75_is_requeued(ladder, capsys, monkeypatch, tmp_path: Path, code: 
 @pytest.mark.parametrize("listens", [True, False])
 def test_a_task_that_is_told_to_leave_is_requeued(ladder, capsys, monkeypatch, tmp_path: Path, listens: bool) -> None:
     """The batch script passes the signal on as TERM and waits; a sweep that does not listen yet has lost nothing."""
-    trap = "trap 'sleep 0.3; exit 75' TERM\n" if listens else ""
-    (tmp_path / "python").write_text(f"#!/bin/bash\n{trap}kill -USR1 $PPID; for i in {{1..600}}; do sleep 0.1; done\n")
+    save = """save() { trap '' TERM; kill -USR1 $PPID; sleep 0.5; echo saved >>"$TOLD"; exit 75; }; trap save TERM"""
+    wait = "kill -USR1 $PPID; for i in {1..600}; do sleep 0.1; done"
+    (tmp_path / "python").write_text(f"#!/bin/bash\n{save if listens else ''}\n{wait}\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert submit(array(capsys, ladder()), 0)[:2] == (0, ["requeue 4711_0"])
+    told = ["saved"] * listens + ["requeue 4711_0"]
+    assert submit(array(capsys, ladder()), 0)[:2] == (0, told), "it waits until the run is saved, though told twice"
 
 
 def test_a_sweep_that_is_stopped_goes_on_as_an_array_task(ladder, capsys, tmp_path: Path) -> None:

@@ -101,6 +101,21 @@ def test_natural_parameters_predict_what_the_fit_predicts():
     assert pivots["D"] == pytest.approx(np.exp(np.log(LADDER.column("D")).mean()))
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("kumar_ptq", {"C_T": 0.06, "gamma_D": 0.5, "gamma_N": 0.34, "gamma_post": 0.6}),
+        ("qid", {"k": 0.017, "beta": 0.53, "alpha": 0.23, "gamma": 5.5}),
+    ],
+)
+def test_laws_of_differences_come_back_in_natural_units(name, values):
+    """Coefficients that grow with D and fall with N, residuals in nats: D0^-gamma N0^gamma leads back."""
+    law, grid = load_law(name), synth.grid_table([1e8, 5e8, 2e9], [1e10, 1e11]).frame
+    frame = pd.concat([grid.assign(bits_post=bits) for bits in (3.0, 4.0, 5.0)], ignore_index=True)
+    table = synth.draw(law, values, RunTable(frame.assign(run=frame.index.astype(str))), noise=0)
+    assert fit(law, table).params == pytest.approx(values, rel=1e-6)
+
+
 def test_derivatives_are_exact():
     """Complex steps against Richardson-extrapolated differences at a random point."""
     problem = pose(LAW, synth.draw(LAW, TRUE, LADDER))
@@ -173,7 +188,7 @@ def test_runs_on_one_line_have_no_condition():
     assert fit(LAW, twice).condition == np.inf  # four runs, five parameters
 
 
-def test_groups_share_the_start_grid_and_are_found_one_by_one():
+def test_groups_that_share_a_start_are_found_apart():
     """Seven efficiencies from .02 to 1.1, gamma 1: the grid has one axis for all of them."""
     effs = {"w1": 0.02, "w2": 0.14, "w3": 0.42, "fp4": 0.63, "w4": 0.7, "w8": 1.1, "w5": 0.9}
     law = LawFile("efficiency", Efficiency())

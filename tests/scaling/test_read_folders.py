@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,9 +48,13 @@ def test_unquantised_operands_are_16_bits_without_error() -> None:
     row = row_of(facts("bf16"), ending_of(log()))
     assert (row["bits_w"], row["bits_a"], row["bits_g"]) == (16, 16, 16)
     assert (row["exponent_bits"], row["mantissa_bits"], row["block"], row["gmse_w"]) == (8, 7, 1, 0.0)
-    mixed = facts("nvfp4") | {"operands": dict.fromkeys(OPERANDS) | {"fprop.w": NVFP4 | {"block": [16, 16]}}}
-    row = row_of(mixed, ending_of(log()))
-    assert (row["bits_w"], row["bits_a"], row["block"], row["dgrad.dy"]) == (4, 16, 256, "bf16")
+    operands = {"fprop.w": NVFP4 | {"block": [16, 16]}, "dgrad.dy": NVFP4 | {"bits": 8, "gaussian_mse": 0.001}}
+    row = row_of(facts("nvfp4") | {"operands": dict.fromkeys(OPERANDS) | operands}, ending_of(log()))
+    assert (row["bits_w"], row["bits_a"], row["bits_g"]) == (4, 16, 8) and row["wgrad.dy"] == "bf16"
+    assert (row["gmse_w"], row["gmse_a"], row["gmse_g"], row["block"]) == (0.009, 0.0, 0.001, 256)
+    operands["fprop.w"] |= {"block": [1, 0]}
+    row = row_of(facts("nvfp4") | {"operands": dict.fromkeys(OPERANDS) | operands}, ending_of(log()))
+    assert row["block"] is None  # a whole axis, of unknown length
 
 
 @pytest.mark.parametrize(
@@ -181,7 +186,7 @@ def test_steps_that_were_done_again(tmp_path: Path) -> None:
     assert list(curve["step"]) == list(range(1, STEPS + 1))
     assert curve["loss"][25] == again[5]["loss"] and curve["loss"][5] == log()[5]["loss"]
     assert curve["val_loss"].notna().sum() == 4 and curve["lr"].iloc[-1] == 0.002 * 0.01
-    assert folder.is_dir()
+    pd.testing.assert_frame_equal(read_curve(f"{folder}/./metrics.jsonl"), curve)
 
 
 @given(

@@ -317,10 +317,12 @@ def curve_rows() -> list[dict[str, Any]]:
 
 def test_a_table_of_curves(tmp_path: Path) -> None:
     """One row a curve: its last loss, its peak learning rate, and the way back to it."""
-    path = write(tmp_path / "curves.csv", curve_rows())
+    rows = curve_rows()
+    path = write(tmp_path / "curves.csv", rows[:10] + rows[14:9:-1] + rows[15:])  # one of them backwards
     table = read([path])
     assert list(table.frame["run"]) == ["25/cosine", "25/wsd", "100/cosine", "100/wsd"]
     assert list(table.column("N")) == [2.5e7, 2.5e7, 1e8, 1e8] and table.frame["loss"][0] == 10 / 25 + 3 / 5
+    assert table.frame["loss"][2] == 10 / 100 + 3 / 5
     assert set(table.frame["lr"]) == {3e-4} and list(table.frame["schedule"]) == ["cosine", "wsd"] * 2
     curve = read_curve(table.frame["curve"][2])
     assert list(curve.columns) == ["step", "lr", "loss", "val_loss"] and list(curve["step"]) == [1, 2, 3, 4, 5]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import struct
 import sys
 import tempfile
 import time
@@ -13,10 +14,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import wandb
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lowprec.scaling.read import read, read_curve
 from lowprec.scaling.sources import wandb_api
-from lowprec.scaling.sources.wandb_files import read_file
+from lowprec.scaling.sources.wandb_files import chunks, read_file
 from tests.scaling.made_runs import facts, log, make_run
 from tests.scaling.wandb_server import Server, serve
 
@@ -233,6 +236,31 @@ def test_files_in_a_run_folder_are_not_another_run(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_bytes(b":W&B")
     assert list(read([str(tmp_path)]).frame["run"]) == ["a"]
+
+
+@given(st.lists(st.integers(1, 40_000), min_size=1, max_size=6), st.integers(0, 32768))
+@settings(max_examples=50)
+def test_any_split_into_blocks(sizes: list[int], before_end: int) -> None:
+    """Records come back however they fall on the blocks, also where too little is left of one for a header."""
+    records = [bytes([i + 1]) * size for i, size in enumerate([max(32768 - 14 - before_end, 1), *sizes])]
+    data = b":W&B\xe1\xbe\x00"
+    for record in records:
+        rest, first = record, True
+        while rest or first:
+            left = 32768 - len(data) % 32768
+            if left < 7:
+                data += bytes(left)
+                left = 32768
+            part, rest = rest[: left - 7], rest[left - 7 :]
+            kind = {(True, True): 1, (True, False): 2, (False, False): 3, (False, True): 4}[first, not rest]
+            data += struct.pack("<IHB", 0, len(part), kind) + part
+            first = False
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.wandb")
+        path.write_bytes(data)
+        assert list(chunks(path)) == records
+        path.write_bytes(data[:-1])
+        assert list(chunks(path)) == records[:-1]
 
 
 def test_records_longer_than_a_block(tmp_path: Path) -> None:

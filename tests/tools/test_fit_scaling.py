@@ -153,6 +153,29 @@ def test_options_of_a_law_and_held_parameters(runs, tmp_path, capsys):
     assert re.search(r"^gamma +1 +held", capsys.readouterr().out, re.M)
 
 
+def test_held_out_runs_are_predicted_by_the_same_law(runs, tmp_path):
+    """--fix and --delta hold in the held-out test too: with a wrong E, larger models are predicted worse."""
+    command = [
+        "fit",
+        "--runs",
+        runs,
+        "--precision",
+        "bf16",
+        "--law",
+        "chinchilla",
+        "--bootstrap",
+        "0",
+        "--holdout",
+        "N",
+    ]
+    for name, more in (("free", []), ("wrong", ["--fix", "E=0.5"]), ("robust", ["--delta", "1e-5"])):
+        assert main([*command, *more, "--out", str(tmp_path / name)]) == 0
+    free, wrong, robust = (
+        strict(tmp_path / name / "fit.json")["heldout"]["N"]["mae"] for name in ("free", "wrong", "robust")
+    )
+    assert wrong > 3 * free and robust != free
+
+
 def test_a_refusal_is_a_result_unless_strict(runs, trap, tmp_path, capsys):
     """T9 at the command line: all runs at one ratio; and one curve through several precisions."""
     for source, why in ((trap, "one variable"), (runs, "precision")):
@@ -273,6 +296,17 @@ def test_report_has_everything_and_fit_json_of_every_law(runs, tmp_path, capsys,
     assert strict(tmp_path / "chinchilla" / "fit.json")["verdict"].startswith("REFUSE")
     assert strict(tmp_path / "efficiency" / "fit.json")["verdict"] == "OK"
     assert f"written: {tmp_path / 'index.html'}" in capsys.readouterr().out
+
+
+def test_report_of_a_law_that_predicts_no_loss(tmp_path, capsys, monkeypatch):
+    """Tables of post-training gaps have no losses: nothing to hold out by, and a page all the same."""
+    monkeypatch.setattr("lowprec.scaling.draw.save", lambda figure, stem: "<svg></svg>")
+    law = load_law("qid")
+    table = grid_table([1e8, 4e8, 1e9, 4e9], [1e10, 5e10, 2e11], ("3", "4", "5"), bits_post={"3": 3, "4": 4, "5": 5})
+    draw(law, law.published["ouyang"]["values"], table, noise=0.001).to_csv(tmp_path / "q.csv")
+    command = ["--runs", str(tmp_path / "q.csv"), "--laws", "qid", "--bootstrap", "20", "--out", str(tmp_path / "page")]
+    assert main(["report", *command]) == 0
+    assert "qid" in (tmp_path / "page" / "index.html").read_text() and "Direction" not in capsys.readouterr().out
 
 
 # ---- sentences

@@ -8,10 +8,19 @@ import yaml
 
 
 def test_a_folder_holds_what_is_promised(train, read, tmp_path: Path, capsys) -> None:
-    """Seven names, metrics.jsonl with its documented keys and types, and a finished run that says so."""
+    """Eight names, metrics.jsonl with its documented keys and types, and a finished run that says so."""
     assert train(tmp_path) == 0
     said = capsys.readouterr().out
-    names = {"config.yaml", "run_id", "plan.txt", "data.json", "metrics.jsonl", "checkpoints", "exit_code"}
+    names = {
+        "config.yaml",
+        "run_id",
+        "plan.txt",
+        "facts.json",
+        "data.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "exit_code",
+    }
     assert {p.name for p in tmp_path.iterdir()} == names
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert config["train"]["steps"] == 8 and config["run"]["dir"] == str(tmp_path)

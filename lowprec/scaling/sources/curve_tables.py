@@ -12,8 +12,9 @@ A curve is a frame of `step`, `lr` (NaN where unknown), `loss` (of training; NaN
 `val_loss` (NaN where it was not evaluated), in the order of the steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -102,14 +103,15 @@ def read_curve(ref: str) -> pd.DataFrame:
 
         return as_curve(fetch_curve(ref))
     name, _, key = ref.rpartition("#")
-    path = Path(name if key and Path(name).suffix in SUFFIXES else ref)
+    in_table = bool(key) and Path(name).suffix in SUFFIXES
+    path = Path(name if in_table else ref)
     if not path.is_file():
         raise ValueError(f"there is no curve at {path}: the run table names a file that was moved or removed")
     if path.suffix == ".wandb":
         from lowprec.scaling.sources.wandb_files import read_history
 
         return as_curve(read_history(path))
-    if str(path) == ref:
+    if not in_table:
         try:
             return as_curve(parse(path.read_bytes()))
         except ValueError as error:
@@ -117,7 +119,9 @@ def read_curve(ref: str) -> pd.DataFrame:
     raw = load(path)
     for found, group in _groups(raw, key_columns(raw)):
         if found == key:
-            return as_curve([_record(row) for row in group.to_dict("records")])
+            curve = _frame([_record(row) for row in group.to_dict("records")]).dropna(subset="step")
+            ordered = curve.sort_values("step", kind="stable")  # tables have their rows in any order
+            return ordered.drop_duplicates("step", keep="last").reset_index(drop=True)
     raise ValueError(f"{path} has no run {key!r}: its curves were named anew since the run table was made")
 
 
@@ -128,8 +132,11 @@ def _record(row: Mapping[str, object]) -> dict[str, object]:
     return {names[plain(name)]: value for name, value in row.items() if plain(name) in names}
 
 
-def as_curve(records: list[dict[str, object]]) -> pd.DataFrame:
+def as_curve(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Records of a log (steps that were done again are left out) as a curve."""
-    ordered = [{name: number(record.get(name)) for name in CURVE} for record in records]
-    kept, _ = last_attempt(ordered)
-    return pd.DataFrame(kept, columns=CURVE, dtype=np.float64)
+    return _frame(last_attempt(records)[0])
+
+
+def _frame(records: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+    rows = [[number(record.get(name)) for name in CURVE] for record in records]
+    return pd.DataFrame(rows, columns=CURVE, dtype=np.float64)
