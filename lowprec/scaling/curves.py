@@ -18,15 +18,23 @@ REFITS = 200  # of the bootstrap that bands are drawn from
 
 
 def flop_factor(table: RunTable) -> float:
-    """k of C = k N D: the median of the table's own C / (N D), or 6."""
+    """k of C = k N D: the median of the table's own C / (N D), or 6. Small models take more than large ones."""
     if "C" not in table:
         return KAPPA
     return float(np.median(table.column("C") / (table.column("N") * table.column("D"))))
 
 
 def compute(table: RunTable) -> Array:
-    """C of every run, FLOP."""
-    return table.column("C") if "C" in table else KAPPA * table.column("N") * table.column("D")
+    """C of every run as k N D, FLOP: what the law's lines take, so that dots and lines can be compared."""
+    return flop_factor(table) * table.column("N") * table.column("D")
+
+
+def flop_label(table: RunTable) -> str:
+    """The axis label of `compute`; it says k where the runs' own FLOP differ from k N D by more than 5%."""
+    plain = "training compute C (FLOP)"
+    if "C" not in table or np.abs(np.log(table.column("C") / compute(table))).max() < 0.05:
+        return plain
+    return f"training compute C = {flop_factor(table):.3g} N D (FLOP)"
 
 
 def flop_levels(table: RunTable, mask: Array) -> list[tuple[float, Array]]:

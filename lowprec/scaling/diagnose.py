@@ -66,7 +66,8 @@ def judge(fitted: Fit, boot: Bootstrap | None = None) -> Verdict:
     """The verdict on a fit. Without `boot`, a quick bootstrap gives the standard errors that some reasons need."""
     found = [*_numbers(fitted), *_spread(fitted), *_rising(fitted), *_mixtures(fitted), *_optimum(fitted)]
     if not any(grade == "REFUSE" for grade, _ in found) and fitted.free:
-        boot = boot or bootstrap(fitted, QUICK)
+        points = "history" in fitted.law.law.needs  # of whole curves, which belong together
+        boot = boot or bootstrap(fitted, QUICK, cluster="run" if points else "cell")
         found += [*_intervals(fitted, boot), *_influence(fitted, boot)]
     grades = [grade for grade in ("REFUSE", "WEAK") if any(grade == g for g, _ in found)]
     return Verdict(grades[0] if grades else "OK", tuple(why for g in grades for grade, why in found if grade == g))

@@ -12,7 +12,7 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,11 @@ def count(value: float) -> str:
     return f"{value:.3g}".replace("e+", "e")
 
 
+def flop(value: float) -> str:
+    """1.5e13: compute, which is never a count."""
+    return f"{value:.3g}".replace("e+", "e")
+
+
 def label(name: Any, length: int = 28) -> str:
     """A name from the data as a label: printable and not longer than `length`."""
     text = "".join(c if c.isprintable() else "?" for c in str(name))
@@ -144,8 +149,9 @@ def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
     return ticks[:: math.ceil(len(ticks) / most)]
 
 
-def log_axis(axes: Axes, which: str, values: Sequence[float] | np.ndarray, text: str, most: int = 7) -> None:
-    """A log axis over `values` with a little room, ticks as counts, no minor ones."""
+def log_axis(axes: Axes, which: str, values: Sequence[float] | np.ndarray, text: str, most: int = 7,
+             form: Callable[[float], str] | None = None) -> None:  # fmt: skip
+    """A log axis over `values` with a little room, ticks as counts (or by `form`), no minor ones."""
     values = np.asarray(values, dtype=float)
     low, high = values.min() / 1.15, values.max() * 1.15
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -153,7 +159,7 @@ def log_axis(axes: Axes, which: str, values: Sequence[float] | np.ndarray, text:
     (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
     (axes.set_xlabel if which == "x" else axes.set_ylabel)(text)
     axis.set_major_locator(FixedLocator(log_ticks(low, high, most)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: (form or count)(value)))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 

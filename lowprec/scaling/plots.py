@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lowprec.scaling import draw
-from lowprec.scaling.curves import Lines, compute, flop_factor, flop_levels
-from lowprec.scaling.draw import INK, MUTED, Drawing, canvas, count, key, label, log_axis, scatter
+from lowprec.scaling.curves import Lines, compute, flop_factor, flop_label, flop_levels
+from lowprec.scaling.draw import INK, MUTED, Drawing, canvas, flop, key, label, log_axis, scatter
 from lowprec.scaling.table import RunTable
 
 MOST = 6  # precisions with a line or panel of their own; captions say which are left out
@@ -79,7 +79,7 @@ def loss_compute(lines: Lines) -> Drawing:
             axes.plot(grid[trained], line[trained], color=colour)
             axes.plot(grid[~trained], line[~trained], ":", color=colour)
             low = min(low, line.min())
-    log_axis(axes, "x", C if lines.surface is None else [C.min(), C.max() * 10], "training compute C (FLOP)")
+    log_axis(axes, "x", C if lines.surface is None else [C.min(), C.max() * 10], flop_label(table), form=flop)
     axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
     axes.set_ylabel(text)
     key(figure, table)
@@ -160,7 +160,7 @@ def isoflop(lines: Lines) -> Drawing:
             )
             seen.append(float(best.loss[0]))
         seen += [*loss[members], *line[inside]]
-        handles.append(Line2D([], [], color=colour, marker="o" if supported else "", label=f"C = {count(level)}"))
+        handles.append(Line2D([], [], color=colour, marker="o" if supported else "", label=f"C = {flop(level)}"))
     low, high = min(seen), max(seen)
     axes.set_ylim(low - 0.08 * (high - low), high + 0.12 * (high - low))
     log_axis(axes, "x", span, f"size N ({kind(table)})")

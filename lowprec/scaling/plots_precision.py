@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lowprec.scaling import advise, draw
-from lowprec.scaling.curves import Lines, compute, flop_factor, quantiles
-from lowprec.scaling.draw import INK, MUTED, Drawing, canvas, key, label, log_axis
+from lowprec.scaling.curves import Lines, compute, flop_factor, flop_label, quantiles
+from lowprec.scaling.draw import INK, MUTED, Drawing, canvas, flop, key, label, log_axis
 from lowprec.scaling.gaps import Gaps
 from lowprec.scaling.plots import MOST, left_out, name_axes, panel_grid
 from lowprec.scaling.table import RunTable
@@ -42,7 +42,7 @@ def price(lines: Lines, speedups: Mapping[str, float] | None = None) -> Drawing:
     base = lines.sampled.optimum(C, reference, kappa=k, points=121).loss
     C_shown = C[: np.searchsorted(C, top * BEYOND * 1.001)]
     figure, panels = canvas(1, 2, 3.8)
-    differs = False
+    differs, reach = False, [1.0, *(speedups or {}).values()]
     for precision in others:
         colour = draw.colours(table)[precision]
         loss = lines.sampled.optimum(C, precision, kappa=k, points=121).loss
@@ -50,7 +50,8 @@ def price(lines: Lines, speedups: Mapping[str, float] | None = None) -> Drawing:
         product = advise.efficiency(lines.sampled, precision)
         speeds = break_even(C, loss, base) if product is None else np.repeat(1 / product[:, None], len(C), axis=1)
         for axes, values in zip(panels, (loss - base, speeds)):
-            _band(axes, C_shown, values[:, : len(C_shown)], colour)
+            drawn = _band(axes, C_shown, values[:, : len(C_shown)], colour)
+        reach += drawn
     if not differs:
         return Drawing(name, title, f"the law {lines.fit.law.name} has no term for precision")
     given = {p: s for p, s in (speedups or {}).items() if p in others}
@@ -60,9 +61,8 @@ def price(lines: Lines, speedups: Mapping[str, float] | None = None) -> Drawing:
         axes.set_title(text)
         axes.axhline(zero, color=INK, linewidth=0.8)
         axes.axvspan(top, top * BEYOND * 1.15, color=MUTED, alpha=0.1, linewidth=0)
-        log_axis(axes, "x", C_shown, "training compute C (FLOP)", 5)
-    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in panels[1].lines])
-    log_axis(panels[1], "y", drawn[np.isfinite(drawn)], "")
+        log_axis(axes, "x", C_shown, flop_label(table), 5, form=flop)
+    log_axis(panels[1], "y", reach, "")
     handles: list[Artist] = [Patch(color=MUTED, alpha=0.2, label="extrapolated")]
     handles += [Line2D([], [], color=MUTED, linestyle="--", label="speed-up that was given")] if given else []
     key(figure, table, shown=others, sizes=False, extra=handles)
@@ -84,13 +84,13 @@ def break_even(C: np.ndarray, loss: np.ndarray, reference: np.ndarray) -> np.nda
     return np.exp(np.stack(found) - np.log(C))
 
 
-def _band(axes: Axes, x: np.ndarray, values: np.ndarray, colour: str) -> None:
-    """Row 0 as a line, the 95% interval of the others as a band."""
+def _band(axes: Axes, x: np.ndarray, values: np.ndarray, colour: str) -> list[float]:
+    """Row 0 as a line, the 95% interval of the others as a band; returns the heights that were drawn."""
     line = np.where(np.isfinite(values[0]), values[0], np.nan)
+    low, high = quantiles(values[1:]) if len(values) > 1 else (line, line)
     axes.plot(x, line, color=colour)
-    if len(values) > 1:
-        low, high = quantiles(values[1:])
-        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    return [float(y) for y in (*line, *low, *high) if math.isfinite(y)]
 
 
 def paired_gaps(gaps: Gaps | None, table: RunTable, why: str = "") -> Drawing:

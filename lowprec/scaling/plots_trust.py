@@ -12,8 +12,21 @@ from scipy import stats
 
 from lowprec.scaling import draw
 from lowprec.scaling.compare import Comparison
-from lowprec.scaling.curves import Lines, compute, flop_factor
-from lowprec.scaling.draw import INK, MUTED, PALETTE, Drawing, canvas, count, file_name, key, label, log_axis, scatter
+from lowprec.scaling.curves import Lines, compute, flop_factor, flop_label
+from lowprec.scaling.draw import (
+    INK,
+    MUTED,
+    PALETTE,
+    Drawing,
+    canvas,
+    count,
+    file_name,
+    flop,
+    key,
+    label,
+    log_axis,
+    scatter,
+)
 from lowprec.scaling.plots import kind, left_out
 from lowprec.scaling.table import RunTable
 from lowprec.scaling.uncertainty import profile
@@ -95,7 +108,7 @@ def coefficients(fit: "Fit", boot: "Bootstrap | None") -> Drawing:
     axes.set_xticks(_sparse(ticks, axes.get_xlim()), [f"×{t:g}" for t in _sparse(ticks, axes.get_xlim())])
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.grid(axis="y", visible=False)
-    units = ", ".join(f"{c} = {count(v)}" for c, v in fit.pivots.items())
+    units = ", ".join(f"{c} = {(flop if c == 'C' else count)(v)}" for c, v in fit.pivots.items())
     caption = (
         f"95% intervals of {len(boot.x):,} refits of resampled runs, each divided by its estimate; a short bar is a "
         "coefficient that the runs determine."
@@ -220,7 +233,7 @@ def extrapolation(lines: Lines, boot: "Bootstrap | None") -> Drawing:
     axes.axvspan(C.max(), C.max() * 115, color=MUTED, alpha=0.1, linewidth=0)
     for x, text, side in ((C.max() / 1.15, "fitted region", "right"), (C.max() * 1.15, "extrapolated", "left")):
         axes.annotate(text, (x, 0.98), xycoords=("data", "axes fraction"), ha=side, va="top", color=MUTED)
-    log_axis(axes, "x", [C.min(), C.max() * 100], "training compute C (FLOP)")
+    log_axis(axes, "x", [C.min(), C.max() * 100], flop_label(table), form=flop)
     axes.set_ylabel("loss (nats per token)")
     handles = [Patch(color=MUTED, alpha=0.45, label="50%"), Patch(color=MUTED, alpha=0.2, label="95%")]
     key(figure, table, shown=shown, extra=handles)

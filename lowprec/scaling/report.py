@@ -24,7 +24,7 @@ from lowprec.scaling.compare import Comparison
 from lowprec.scaling.conclude import conclusions, extent
 from lowprec.scaling.curves import lines
 from lowprec.scaling.design import Design
-from lowprec.scaling.draw import Drawing, count
+from lowprec.scaling.draw import Drawing, count, flop
 from lowprec.scaling.gaps import Gaps
 from lowprec.scaling.table import LABELS, NUMBERS, REFERENCE, RunTable
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     Fitted = tuple[Fit, Bootstrap | None, Verdict]
 
 ROWS = 2000  # runs in the page's table; the rest is in runs.csv
-COUNTS = ("N", "N_total", "N_mean", "D", "C", "unique_tokens")  # columns shown as 1.2B
+COUNTS = ("N", "N_total", "N_mean", "D", "unique_tokens")  # columns shown as 1.2B
 Thing = TypeVar("Thing")
 
 
@@ -59,8 +59,6 @@ def report(
     main = next((entry for entry in fits if entry[2].grade != "REFUSE"), fits[0])
     refused = main[2].grade == "REFUSE"
     comparisons, advices, designs = several(comparison), several(advice), several(design)
-    if refused:
-        advices = []
     with draw.styled():
         groups = numbered(drawings(table, main, fits, comparisons, gaps, advices, reference))
     figures = [(name, "\n".join(_figures(group, out))) for name, group in groups.items()]
@@ -226,7 +224,7 @@ def _coefficients(fit: "Fit", boot: "Bootstrap | None", verdict: "Verdict") -> s
         here = [(f"{fit.pivoted[name]:.4g}", fit.pivoted[name]), interval(pivoted, name)]
         rows.append([name, (f"{value:.4g}", value), interval(natural, name), *here, note])
     head = ["coefficient", "natural", "95%", "at the pivots", "95%", ""]
-    units = ", ".join(f"{name} = {count(value)}" for name, value in fit.pivots.items())
+    units = ", ".join(f"{c} = {(flop if c == 'C' else count)(v)}" for c, v in fit.pivots.items())
     spans = ", ".join(f"{name} {value:.3g}" for name, value in fit.spans.items())
     refits = f"{len(boot.x)} refits of resampled {boot.cluster}s" if boot else "no bootstrap"
     facts = (
@@ -280,8 +278,8 @@ def _cell(column: str, value: Any) -> Any:
     if isinstance(value, (np.integer, np.floating)):
         value = value.item()
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if column in COUNTS:
-            return (count(value), value)
+        if column in COUNTS or column == "C":
+            return ((flop if column == "C" else count)(value), value)
         return (f"{value:.4f}", value) if column in ("loss", "loss_hp") else value
     return str(value)
 

@@ -146,6 +146,7 @@ def noise(fitted: Fit) -> float:
 def _refits(problem: Problem, x: Array, delta: float, groups: Array, seed: int, part: range) -> tuple[Array, int]:
     """Optima (len(part), p) of the resamples numbered `part`, NaN where given up, and the number of draws refused."""
     jacobian = problem.linearize(x[None])[1][0]
+    jacobian = np.nan_to_num(jacobian, posinf=0.0, neginf=0.0)
     scaled = jacobian / np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300)
     number, redrawn = int(groups.max()) + 1, 0
     least = np.linalg.eigvalsh(scaled.T @ scaled).min(initial=np.inf) if len(x) else 0.0

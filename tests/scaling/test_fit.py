@@ -10,7 +10,7 @@ from scipy.optimize import least_squares
 from lowprec.scaling import synth
 from lowprec.scaling.descend import descend
 from lowprec.scaling.fit import fit
-from lowprec.scaling.law import LawFile, load_law
+from lowprec.scaling.law import LawFile, Param, load_law
 from lowprec.scaling.laws.chinchilla import Chinchilla
 from lowprec.scaling.laws.efficiency import Efficiency
 from lowprec.scaling.problem import huber, pose
@@ -179,6 +179,34 @@ def test_what_the_fit_says_about_itself():
     assert 10 < fitted.condition < 100 and not fitted.at_bound
     assert np.diag(fitted.correlation) == pytest.approx(np.ones(5)) and list(fitted.correlation) == list(fitted.free)
     assert fit(LAW, synth.draw(LAW, {**TRUE, "E": 0.0}, LADDER, noise=0)).at_bound == ("E",)
+
+
+def test_on_a_bound_the_others_are_at_their_optimum():
+    """E would rather be negative. On its bound of 0 the rest must be what it is with E held there."""
+    table = synth.draw(LAW, {**TRUE, "E": 0.0}, LADDER, noise=0, seed=1)
+    steep = RunTable(table.frame.assign(loss=table.frame["loss"] - 0.05))
+    for delta in (np.inf, 1e-3):
+        bounded, held = fit(LAW, steep, delta=delta), fit(LAW, steep, delta=delta, fixed={"E": 0.0})
+        assert bounded.at_bound == ("E",) and bounded.params["E"] == 0
+        assert bounded.objective == pytest.approx(held.objective, rel=1e-9)
+        assert bounded.params == pytest.approx(held.params, rel=1e-6)
+
+
+def test_restarts_find_what_a_start_misses():
+    """A law with a valley every 0.16: from 1.0 the nearest is kept without restarts, and left with them."""
+
+    class Wavy(Chinchilla):
+        def params(self, columns):
+            return (Param("a", -3.0, 3.0, (1.0,)),)
+
+        def loss(self, theta, columns):
+            a = theta["a"]
+            return 2 + 0.1 * (1 - np.cos(40 * a)) + 0.02 * a**2 + 0 * columns["N"]
+
+    law, flat = dataclasses.replace(LAW, law=Wavy()), RunTable(LADDER.frame.assign(loss=2.0))
+    stuck, free = fit(law, flat, restarts=0), fit(law, flat)
+    assert stuck.params["a"] == pytest.approx(0.94, abs=0.01)
+    assert free.objective < stuck.objective and 0 < free.reached < 1
 
 
 def test_runs_on_one_line_have_no_condition():

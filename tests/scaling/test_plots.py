@@ -15,7 +15,7 @@ from lowprec.scaling.compare import compare
 from lowprec.scaling.fit import fit
 from lowprec.scaling.law import load_law
 from lowprec.scaling.synth import draw as draw_runs
-from lowprec.scaling.synth import grid_table
+from lowprec.scaling.synth import grid_table, pairs_table
 from lowprec.scaling.table import RunTable
 from lowprec.scaling.uncertainty import bootstrap
 
@@ -122,6 +122,24 @@ def test_isoflop_levels_are_found_in_the_runs_and_minima_are_marked(lines):
     for star in stars:
         curve = next(a for a in axes.lines if a.get_color() == star.get_color() and a.get_linestyle() == ":")
         assert star.get_ydata()[0] == pytest.approx(curve.get_ydata().min(), abs=1e-4)
+
+
+def test_budgets_that_differ_by_rounding_are_one_level():
+    sizes = np.array([5e7, 1e8, 2e8, 4e8] * 2)
+    C = np.repeat([1e18, 3e18], 4) * ([1, 1.03, 0.98, 1.01] * 2)
+    table = pairs_table(sizes, C / (6 * sizes))
+    levels = curves.flop_levels(table, np.ones(8, dtype=bool))
+    assert [sorted(members) for _, members in levels] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert not curves.flop_levels(grid_table((1e8, 2e8), (1e9, 2e9)), np.ones(4, dtype=bool))  # two sizes are no curve
+
+
+def test_dots_and_lines_mean_the_same_compute(table):
+    """Small models take more FLOP a parameter: dots are at k N D with the median k, which the axis then says."""
+    assert curves.flop_label(table) == "training compute C (FLOP)"
+    own = table.frame["C"] * np.where(table.frame["N"] < 1e8, 2.0, 1.0)
+    odd = RunTable(table.frame.assign(C=own))
+    assert np.allclose(curves.compute(odd), table.column("C"))
+    assert curves.flop_label(odd) == "training compute C = 6 N D (FLOP)"
 
 
 def test_without_levels_of_compute_the_curves_stand_alone(fitted, table):

@@ -12,6 +12,7 @@ from lowprec.scaling import synth
 from lowprec.scaling.diagnose import judge
 from lowprec.scaling.fit import fit
 from lowprec.scaling.law import load_law
+from lowprec.scaling.laws.curves import curve_points
 from lowprec.scaling.table import RunTable
 from lowprec.scaling.uncertainty import bootstrap
 
@@ -114,7 +115,11 @@ def test_what_bits_do_not_tell_is_noticed():
     found = judge(fit(load_law("kumar", operands=["w"]), drawn, restarts=0))
     assert_because(found, "WEAK", "cannot tell the precision of these runs, and those with (mx|nv)fp4")
     alike = synth.draw(load_law("efficiency"), {**effs, "eff_N[mxfp4]": 0.8}, table, 0.001)
-    assert "those with" not in str(judge(fit(load_law("kumar", operands=["w"]), alike, restarts=0)))
+    alike = judge(fit(load_law("kumar", operands=["w"]), alike, restarts=0))
+    assert "cannot tell the precisions" in str(alike) and "those with" not in str(alike)
+    told = synth.grid_table(SIZES, SIZES * 50, ("bf16", "nvfp4"), bits_w={"bf16": 16.0, "nvfp4": 4.0})
+    told = synth.draw(load_law("efficiency"), {**TRUE, "eff_N[nvfp4]": 0.8}, told, 0.001)
+    assert "cannot tell" not in str(judge(fit(load_law("kumar", operands=["w"]), told, restarts=0)))
 
 
 @pytest.mark.parametrize("column", ["data", "optimizer", "schedule"])
@@ -229,6 +234,21 @@ def test_resamples_without_enough_cells_are_a_warning():
     boot = bootstrap(fitted, 40)
     many = dataclasses.replace(boot, redrawn=100)
     assert_because(judge(fitted, many), "WEAK", "of the resamples do not determine the parameters")
+
+
+def test_points_of_whole_curves_are_judged_by_curve():
+    """Five schedules of 30 points each with noise: nothing is wrong with them, and the curves are what is drawn."""
+    steps = np.linspace(500, 3000, 30)
+    rates = [1e-3 * np.clip((4000 - steps) / (4000 - begin), 0.1, 1) for begin in (500, 1000, 1800, 2500, 3900)]
+    curves = {f"c{i}": pd.DataFrame({"step": steps, "lr": lr, "loss": np.ones(30)}) for i, lr in enumerate(rates)}
+    names = list(curves)
+    runs = RunTable(pd.DataFrame({"run": names, "curve": names, "schedule": names, "N": 1e8, "D": 1e10}))
+    law = load_law("annealing")
+    points = curve_points(runs, reader=curves.__getitem__)
+    fitted = fit(law, synth.draw(law, {"L0": 2.5, "A": 0.5, "C": 0.3, "alpha": 0.4}, points, noise=0.002))
+    assert len(fitted.residuals) > 100 and fitted.params["alpha"] == pytest.approx(0.4, abs=0.1)
+    found = judge(fitted)
+    assert found.grade != "REFUSE" and "without" not in str(found) and "schedule" not in str(found), found
 
 
 # --- public run tables ------------------------------------------------------------------------------------------------

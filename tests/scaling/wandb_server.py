@@ -12,7 +12,7 @@ Json = dict[str, Any]
 
 class Server(http.server.ThreadingHTTPServer):
     """`projects`: {"entity/project": records {name, id, state, config, summary, history}}. `failures`: HTTP statuses
-    that the next requests for runs get instead of an answer. `asked`: (operation, variables) of the requests so far."""
+    that the next requests for runs get instead of an answer, 0 = an answer. `asked`: (operation, variables) so far."""
 
     daemon_threads = True
 
@@ -41,8 +41,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.asked.append((what, variables))
         if what == "viewer" and self.server.locked:
             self._send({"errors": [{"message": "invalid key"}]}, 401)
-        elif what != "viewer" and self.server.failures:
-            status = self.server.failures.pop(0)
+        elif what != "viewer" and (status := self.server.failures.pop(0) if self.server.failures else 0):
             self._send({"errors": [{"message": "not now" if status in (429, 500) else "no"}]}, status)
         else:
             self._send({"data": self._answer(what, variables)})

@@ -58,8 +58,8 @@ def float_of(value: Any) -> float:
 
 
 def sampled(records: Sequence[T]) -> Sequence[T]:
-    """Up to 255 of the records, evenly spaced, the last among them: enough for `rise_of`."""
-    return records[::-1][:: max(len(records) // 128, 1)][::-1]
+    """Up to 127 of the records, evenly spaced, the last among them: enough for `rise_of`."""
+    return records[::-1][:: max(len(records) // 64, 1)][::-1]
 
 
 def rise_of(losses: Sequence[float] | np.ndarray) -> float:
