@@ -125,6 +125,8 @@ def open_session(run: Run, world: World) -> Session | None:
     done = max(committed(Path(run.run.dir) / "checkpoints"), default=0)
     folder = open_folder(run, world, done)
     if done >= t.steps:
+        if world.is_first and not (folder.path / "facts.json").exists():  # trained by a version that wrote none
+            keep_facts(folder, facts_of(run, plan_model(run)[1], data.fingerprint))
         narrator.say(f"{folder.path} is finished: {done} of {t.steps} steps are done; nothing to do")
         return None
 
@@ -153,8 +155,13 @@ def open_session(run: Run, world: World) -> Session | None:
     facts = facts_of(run, plan, data.fingerprint)
     if world.is_first:
         folder.keep("plan.txt", table + "\n")
-        folder.keep("facts.json", json.dumps(facts, indent=1) + "\n")
+        keep_facts(folder, facts)
     narrator.say(table)
     begins = f"resumes after step {state.step}" if done else "starts"
     narrator.say(f"{begins}, {t.steps} steps, {world.size} x {world.device.type}: {folder.path}")
     return Session(run, world, plan, data, state, folder, checkpoints, narrator, facts)
+
+
+def keep_facts(folder: Folder, facts: Facts) -> None:
+    """Writes facts.json."""
+    folder.keep("facts.json", json.dumps(facts, indent=1) + "\n")

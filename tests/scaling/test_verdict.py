@@ -34,9 +34,9 @@ def assert_because(found, grade: str, reason: str) -> None:
 
 
 def test_good_tables_are_ok():
-    """14 tables of two designs. One good table in twenty is WEAK by chance: three of 14 have a probability of 3 %."""
+    """14 tables of two designs. Fewer than one in ten is WEAK by chance, so four or more of 14 with probability 4 %."""
     grades = [verdict(table, seed=seed).grade for table in (LADDER, ISOFLOP) for seed in range(7)]
-    assert "REFUSE" not in grades and grades.count("WEAK") <= 2, grades
+    assert "REFUSE" not in grades and grades.count("WEAK") <= 3, grades
     assert str(verdict(LADDER)) == "OK"
 
 
