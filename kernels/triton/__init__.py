@@ -1,0 +1,6 @@
+"""Triton kernels: one idea a file, each equal to the definition in :mod:`lowprec.numerics` bit for bit.
+
+`codes` rounds to elements, `noise` draws the random bits of a `Stream`, `layout` says where scales lie, `quantize` is
+the kernel, `launch` its host side.  They are proved by :mod:`lowprec.kernels.testing`; their speed on a GPU has
+not been measured by us.  Nothing outside of this folder imports Triton.
+"""
