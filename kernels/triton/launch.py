@@ -231,8 +231,6 @@ def prepare(
     x, along, pitch = _memory(x)
     if swizzle and recipe.scale not in SCALE_TYPES:
         raise ValueError(f"Format {format.name} has {format.scale} scales; only those of one byte are swizzled.")
-    if hardware_noise and stream is None:
-        raise ValueError("hardware_noise asks for stochastic rounding, which draws by a stream: give one.")
     (n, k), convert = x.shape, conversion(arch or arch_of(x), recipe, hardware_noise)
     out = _output((n, k), format, recipe, amax, swizzle, x.device) if rows else None
     out_t = _output((k, n), format, recipe, amax_t, swizzle, x.device) if columns else None
@@ -304,6 +302,8 @@ def quantize(
     Raises:
         ValueError: for formats and inputs that the kernels do not know.
     """
+    if hardware_noise and stream is None:
+        raise ValueError("hardware_noise asks for stochastic rounding, which draws by a stream: give one.")
     recipe = recipe_of(format)
     spans = format.amax_of
     own: list[Tensor | None] = [None, None]
