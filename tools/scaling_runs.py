@@ -42,6 +42,7 @@ def add_source(p: argparse.ArgumentParser, required: bool = True) -> None:
     )
     many(g, "--columns", "OURS=THEIRS", "columns of tables by other names, such as N=params loss=final_val")
     g.add_argument("--n-kind", choices=("non_embedding", "total"), help="what N counts, where a source does not say")
+    g.add_argument("--cache", metavar="DIR", help="keep what W&B sends there, and ask it only once")
     g.add_argument("--loss-unit", choices=("nats", "bits"), default="nats", help="of tables (default: %(default)s)")
     g.add_argument(
         "--keep-unfinished", action="store_true", help="keep runs that stopped before the end of their schedule"
@@ -76,7 +77,7 @@ def load(options: argparse.Namespace) -> RunTable:
     """The table that the options of `add_source` and, where the command has them, `add_choice` name."""
     table = read(
         options.runs, columns=settings(options.columns, "--columns") or None, n_kind=options.n_kind,
-        loss_unit=options.loss_unit, keep_unfinished=options.keep_unfinished,
+        loss_unit=options.loss_unit, keep_unfinished=options.keep_unfinished, cache=options.cache,
         progress=meter("reading runs", options.progress),
     )  # fmt: skip
     return choose(table, options) if "precision" in options else table

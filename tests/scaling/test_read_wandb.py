@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from lowprec.scaling.read import read, read_curve
 from lowprec.scaling.sources import wandb_api
 from lowprec.scaling.sources.wandb_files import chunks, read_file
+from lowprec.tools.fit_scaling import main
 from tests.scaling.made_runs import facts, log, make_run
 from tests.scaling.wandb_server import Server, serve
 
@@ -115,6 +116,24 @@ def test_the_second_reading_is_offline(server: Server, tmp_path: Path) -> None:
     assert len(server.asked) == asked
     (file,) = (tmp_path / "kept").iterdir()
     pd.testing.assert_frame_equal(read([str(file)]).frame, first.frame)
+
+
+def test_the_command(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`lowprec-scaling ingest` on a project writes the same table, and with --cache asks once."""
+    words = [
+        "ingest",
+        "--runs",
+        "wandb://me/ladder",
+        "--cache",
+        str(tmp_path / "kept"),
+        "--out",
+        str(tmp_path / "r.csv"),
+    ]
+    assert main(words) == 0 and "5 runs" in capsys.readouterr().out
+    asked = len(server.asked)
+    assert main(words) == 0 and len(server.asked) == asked
+    table = read([str(tmp_path / "r.csv")])
+    assert list(table.frame["run"]) == [f"r{i}" for i in range(5)]
 
 
 @pytest.mark.parametrize(
