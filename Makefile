@@ -74,7 +74,7 @@ $(VENV)/.installed: pyproject.toml
 
 # Triton (1 GB) for the proofs of kernels; where there is a GPU, torch brings its own.
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@kernels=,kernels; nvidia-smi -L >/dev/null 2>&1 && kernels=; set -x; $(PY) -m pip install --quiet --editable ".[dev$$kernels]"
+	@kernels=,kernels; nvidia-smi -L >/dev/null 2>&1 && kernels=; echo "installing what development needs (Triton: another GB)"; set -x; $(PY) -m pip install --quiet --editable ".[dev$$kernels]"
 	@touch $@
 
 clean:  ## remove build products and caches; environment and runs stay

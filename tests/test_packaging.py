@@ -157,7 +157,7 @@ def test_make_installs_cpu_torch_without_a_gpu(tmp_path: Path, index: str) -> No
         d for d in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] if "torch" in d
     )
     assert calls[0] == f"-m pip install --extra-index-url {index} {torch}"
-    assert [c.split()[-1] for c in calls[1:]] == [".", ".[dev]"]
+    assert [c.split()[-1] for c in calls[1:]] == [".", ".[dev,kernels]"]
 
 
 def test_make_installs_cuda_torch_with_a_gpu(tmp_path: Path, index: str) -> None:

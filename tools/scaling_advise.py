@@ -3,11 +3,13 @@
 import argparse
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from lowprec.scaling.advise import Advice, advise, critical_tokens, interval, iso_flop, iso_loss
+from lowprec.scaling.fit import Fit
 from lowprec.scaling.late import late_switch, recovered
 from lowprec.scaling.surface import Surface
 from lowprec.tools import scaling_show as show
@@ -18,6 +20,18 @@ from lowprec.tools.scaling_runs import load, settings
 LOSSES = dict.fromkeys(("loss", "loss_low", "loss_high", "loss_best", "loss_worst", "loss_stay"), ".4f")
 
 
+def described(found: Fit, formats: Mapping[str, Mapping[str, float]]) -> None:
+    """Raises ValueError for a --format that lacks a column the law looks at, or names one that it does not."""
+    needed = [name for name in found.law.law.needs if name not in ("N", "D", "precision", "N_mean", "unique_tokens")]
+    for name, given in formats.items():
+        also = {f"bits_{operand}" for operand in getattr(found.law.law, "operands", ())}
+        if odd := sorted({*given} - {*needed} - also):
+            listed = ", ".join(needed) or "no column of a format"
+            raise ValueError(f"--format {name}: law {found.law.name} does not look at {odd[0]}; it needs {listed}")
+        if gone := [column for column in needed if column not in given]:
+            raise ValueError(f"--format {name} needs {', '.join(f'{column}=VALUE' for column in gone)} too")
+
+
 def command(options: argparse.Namespace) -> int:
     table = load(options)
     found, boot, verdict = fitted(options, table, options.law)
@@ -25,6 +39,7 @@ def command(options: argparse.Namespace) -> int:
         print(f"lowprec-scaling: no advice from this fit ({verdict}); --force gives it anyway", file=sys.stderr)
         return REFUSED
     formats = {name: settings(pairs, "--format", number=True) for name, *pairs in options.format}
+    described(found, formats)
     surface = Surface(found, boot, _numbers(settings(options.given, "--given")), formats, options.reference)
     speedup = settings(options.speedup, "--speedup", number=True)
     serve = settings(options.serve_speedup, "--serve-speedup", number=True)

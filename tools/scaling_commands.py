@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,10 @@ def ingest(options: argparse.Namespace) -> int:
 def law_of(options: argparse.Namespace, name: str) -> LawFile:
     """The law as --option, --fix and --delta change its file; so held-out tests see the changed one too."""
     given = settings(options.option, "--option")
-    law = load_law(name, **{key: yaml.safe_load(value) for key, value in given.items()})
+    try:
+        law = load_law(name, **{key: yaml.safe_load(value) for key, value in given.items()})
+    except (yaml.YAMLError, TypeError):
+        raise ValueError(f"--option {' '.join(options.option)}: law {name} cannot take that") from None
     held = settings(options.fix, "--fix", number=True)
     params = {key: {**law.params.get(key, {}), "fixed": value} for key, value in held.items()}
     huber = law.huber if options.delta is None else options.delta
@@ -130,7 +134,7 @@ def compare_laws(options: argparse.Namespace) -> int:
 
 def differences(table: RunTable) -> str:
     """Paired gaps between precisions and the seed noise, or why there are none."""
-    labels = set(table.frame["precision"].astype(str)) if "precision" in table.frame else set()
+    labels = set(table.frame["precision"].dropna()) if "precision" in table.frame else set()
     if len(labels) < 2:
         return str(seed_noise(table))
     try:
@@ -186,6 +190,8 @@ def aim(options: argparse.Namespace, surface: Surface) -> Target:
         others = ", ".join(name for name in surface.precisions if name != surface.reference)
         raise ValueError(f"--for {options.purpose} needs --target precision=LABEL; there are {others or 'none'}")
     at = settings([f"{name}={value}" for name, value in given.items()], "--target", number=True)
+    if bad := [name for name, value in at.items() if not 0 < value < math.inf]:
+        raise ValueError(f"--target {bad[0]}={at[bad[0]]:g}: give a positive number")
     work = options.kappa * surface.fit.table.column("N") * surface.fit.table.column("D")
     if options.purpose == "break-even":
         return break_even_at(surface, precision, at.get("C", 10 * float(work.max())), kappa=options.kappa)

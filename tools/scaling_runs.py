@@ -98,7 +98,7 @@ def choose(table: RunTable, options: argparse.Namespace) -> RunTable:
 
 def only(table: RunTable, labels: Sequence[str]) -> RunTable:
     """The runs in these precisions."""
-    have = table.frame["precision"].astype(str) if "precision" in table.frame else None
+    have = table.frame["precision"].fillna("-").astype(str) if "precision" in table.frame else None
     if have is None:
         raise ValueError(
             "--precision: the run table has no column 'precision'; name it with --columns precision=THEIRS"
@@ -122,6 +122,8 @@ def passes(table: RunTable, test: str) -> np.ndarray:
         value = float(right)
     except ValueError:
         raise ValueError(f"--where {test!r}: {right!r} is not a number") from None
+    if odd := [name for name in names if table.column(name).dtype == object]:
+        raise ValueError(f"--where {test!r}: {odd[0]} is a label, not a number")
     values = table.column(names[0]) / (table.column(names[1]) if len(names) == 2 else 1.0)
     return np.asarray(TESTS[sign](values, value), dtype=bool)
 

@@ -45,7 +45,7 @@ def between(low: float, high: float, form: str = ".4g") -> str:
 def runs(table: RunTable) -> str:
     """One row a precision: how many runs, and what they span."""
     frame = table.frame
-    names = frame["precision"].astype(str) if "precision" in frame else pd.Series(["-"] * len(frame))
+    names = frame["precision"].fillna("-").astype(str) if "precision" in frame else pd.Series(["-"] * len(frame))
     rows = [("precision", "runs", "N", "D", "D/N", "loss")]
     for name in sorted(set(names)):
         part = frame[(names == name).to_numpy()]

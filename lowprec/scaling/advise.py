@@ -15,6 +15,7 @@ whether the law is right at that size; see compare.py for that.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -95,6 +96,9 @@ def check_speedups(speedup: "Mapping[str, float] | None", surface: Surface) -> d
 
     Raises ValueError for an unknown name, a number that is not positive, and a reference other than 1."""
     given = dict(speedup or {})
+    if surface.reference not in surface.precisions:
+        have = ", ".join(surface.precisions)
+        raise ValueError(f"no run is in {surface.reference}, the precision to compare with; --reference can be {have}")
     for name, value in given.items():
         if name not in surface.precisions:
             raise ValueError(f"--speedup {name}: there is no such precision; there are {', '.join(surface.precisions)}")
@@ -122,17 +126,31 @@ def efficiency(surface: Surface, precision: str) -> "Array | None":
     return product(precision) / product(surface.reference)
 
 
-def break_even(surface: Surface, precision: str, budget: float, *, kappa: float = KAPPA) -> Array:
+def break_even(
+    surface: Surface,
+    precision: str,
+    budget: float,
+    *,
+    kappa: float = KAPPA,
+    max_N: tuple[float, float] = (math.inf, math.inf),
+    served_tokens: float = 0.0,
+    serve_speedup: float = 1.0,
+) -> Array:
     """(1 + samples,) end-to-end speed-up over the reference at which the best losses of the budget are equal.
 
-    Exact for laws in N eff_N and D eff_D, where the budget does not matter. For others by search over 1/4 to 256: 0 if
+    Exact for laws in N eff_N and D eff_D, where the budget does not matter. For others, and where the sizes have a cap
+    (`max_N`: the reference's, the format's) or tokens are served from the same budget, by search over 1/4 to 256: 0 if
     the format is better even at 1/4, inf if it is worse even at 256.
     """
-    if (product := efficiency(surface, precision)) is not None:
+    free = min(max_N) == math.inf and not served_tokens
+    if free and (product := efficiency(surface, precision)) is not None:
         return 1 / product
-    target = surface.optimum(budget, surface.reference, kappa=kappa, points=161).loss
+    served: dict[str, Any] = {"served_tokens": served_tokens, "kappa": kappa, "points": 161}
+    target = surface.optimum(budget, surface.reference, max_N=max_N[0], **served).loss
     speeds = np.geomspace(0.25, 256, 61)
-    best = surface.optimum(budget, precision, speedup=speeds, kappa=kappa, points=161).loss
+    best = surface.optimum(
+        budget, precision, speedup=speeds, max_N=max_N[1], serve_speedup=serve_speedup, **served
+    ).loss
     return np.exp(crossing(np.log(speeds), best - target[:, None]))
 
 
@@ -179,7 +197,7 @@ def advise(
     if missing := sorted({*max_N} - {*speed}) if isinstance(max_N, Mapping) else []:
         raise ValueError(f"max_N has {missing[0]!r}, which is no precision; there are {', '.join(speed)}")
     caps = {name: float(max_N.get(name, math.inf) if isinstance(max_N, Mapping) else max_N) for name in speed}
-    if min(caps.values()) <= 0 or served_tokens < 0:
+    if not all(cap > 0 for cap in caps.values()) or served_tokens < 0:
         raise ValueError("the largest size must be positive and the served tokens at least 0")
     found = {
         name: surface.optimum(budget, name, speedup=speed[name], max_N=caps[name], served_tokens=served_tokens,
@@ -190,7 +208,10 @@ def advise(
     losses = np.stack([best.loss for best in found.values()])  # (precisions, 1 + samples)
     rows = {}
     for i, (name, best) in enumerate(found.items()):
-        even = break_even(surface, name, budget, kappa=kappa) if name != surface.reference else np.ones_like(best.loss)
+        even = np.ones_like(best.loss)
+        if name != surface.reference:
+            even = break_even(surface, name, budget, kappa=kappa, max_N=(caps[surface.reference], caps[name]),
+                              served_tokens=served_tokens, serve_speedup=serve[name])  # fmt: skip
         longer = more_tokens(surface, name, float(base.N[0]), float(base.D[0]))
         values = {"N": best.N, "D": best.D, "loss": best.loss, "gap": best.loss - base.loss, "break_even": even,
                   "time_frac": even / speed[name], "more_tokens": longer}  # fmt: skip

@@ -199,11 +199,11 @@ def _mixtures(fitted: Fit) -> Reasons:
     made = [name for name in law.law.needs if name not in SIZES]
     for column, remedy in LABELS.items():
         told = column in made or (column == "schedule" and "history" in law.law.needs)
-        if told or column not in fitted.table or frame[column].nunique() < 2:
+        if told or column not in frame or frame[column].nunique(dropna=False) < 2:
             continue
         if made and frame.groupby(made, dropna=False)[column].nunique().max() == 1:
             continue  # the law knows it by other columns: bits, block sizes
-        labels = frame[column].astype(str).to_numpy()
+        labels = frame[column].fillna("no label").astype(str).to_numpy()
         names = sorted(set(labels))
         apart = {name: _apart(fitted.residuals, labels == name) for name in names}
         worst = max(names, key=lambda name: abs(apart[name]))

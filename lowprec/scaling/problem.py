@@ -214,7 +214,14 @@ def pose(law: LawFile, table: RunTable) -> Problem:
             )
     pivots = pivots_of(law.law, raw)
     columns = pivoted_columns(raw, pivots)
-    return Problem(law, law.law.prepare(columns), response, law.parameters(columns), pivots)
+    params = law.parameters(columns)
+    for p in params:
+        if p.fixed is None:
+            continue
+        low, high = -np.inf if p.unit else p.low, float(response.min()) if p.high is None else np.inf
+        if not (np.isfinite(p.fixed) and low <= p.fixed < high):
+            raise ValueError(f"{p.name} is held at {p.fixed:g}; law {law.name} takes it from {low:g} to below {high:g}")
+    return Problem(law, law.law.prepare(columns), response, params, pivots)
 
 
 def pivoted_columns(columns: Mapping[str, Array], pivots: Mapping[str, float]) -> dict[str, Array]:

@@ -76,7 +76,7 @@ class Surface:
     def trained(self) -> tuple[str, ...]:
         """Precisions of the runs, the reference first."""
         frame = self.fit.table.frame
-        names = sorted(set(map(str, frame["precision"]))) if "precision" in frame else [self.reference]
+        names = sorted(set(map(str, frame["precision"].dropna()))) if "precision" in frame else [self.reference]
         return tuple(sorted(names, key=lambda name: name != self.reference))
 
     @property

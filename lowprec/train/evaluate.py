@@ -14,7 +14,8 @@ from lowprec.train.signals import Stop
 
 
 def validation_losses(session: Session, stop: Stop) -> Record:
-    """`val_loss` and, if wished, `val_loss_high_precision` for a record; {} without data or when told to stop."""
+    """`val_loss` and, if wished, `val_loss_high_precision` for a record; {} without data or when told to stop
+    (the validation that ends the run is finished first)."""
     losses = {}
     if session.data.validation:
         losses["val_loss"] = validation_loss(session, stop, high_precision=False)
@@ -31,12 +32,13 @@ def validation_loss(session: Session, stop: Stop, high_precision: bool) -> float
     Ranks take the batches in turn. Sums are gathered per batch and added in batch order, so the number of ranks does
     not change the result.
     """
+    ends = session.state.step >= session.run.train.steps  # without its last losses a run would count as finished
     engine, plan, world, batches = session.state.engine, session.plan, session.world, session.data.validation
     data_rank, data_size = world.data
     sums_N2 = torch.zeros(len(batches), 2, dtype=torch.float64, device=world.device)  # (loss sum, targets) per batch
     with session.high_precision(high_precision):
         for first in range(0, len(batches), data_size):
-            if stop.poll(world):
+            if not ends and stop.poll(world):
                 return None
             mine = first + data_rank
             batch = batches[min(mine, len(batches) - 1)]  # a rank without a batch still takes part in the gathers
