@@ -7,7 +7,6 @@ is a protobuf message of W&B's. A killed run leaves a torn chunk at the end, whe
 A run that was resumed has a file for every start, all with its id: they are read as one, in the order of their dates.
 """
 
-import importlib
 import json
 import math
 import struct
@@ -81,9 +80,10 @@ def read_file(path: Path) -> tuple[Record, list[Record]]:
     Raises ValueError if it is no .wandb file, or if wandb is not installed.
     """
     try:
-        messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
+        from wandb.proto import wandb_internal_pb2
     except ImportError:
         raise ValueError(f"{path} needs the W&B client: pip install wandb") from None
+    messages: Any = wandb_internal_pb2
     about: Record = {"config": {}}
     history: list[Record] = []
     for body in chunks(path):
