@@ -160,6 +160,16 @@ def test_memory_and_serving_change_the_optimum_as_brute_force_says(factors):
     assert found.loss[0] == pytest.approx(losses.min(), abs=1e-7)
 
 
+@pytest.mark.parametrize("cap, served", [(1e9, 0.0), (math.inf, 1e12)])
+def test_break_even_where_memory_or_serving_count(factors, cap, served):
+    """The product rule is off there: at the speed-up that is found, the best losses are equal."""
+    speed = break_even(factors, "nvfp4", 1e22, max_N=(cap, cap), served_tokens=served)[0]
+    assert speed > 1.2 / (0.74 * 0.95)
+    wanted = factors.optimum(1e22, "bf16", max_N=cap, served_tokens=served).loss[0]
+    found = factors.optimum(1e22, "nvfp4", speedup=speed, max_N=cap, served_tokens=served).loss[0]
+    assert found == pytest.approx(wanted, abs=5e-4)
+
+
 def test_tokens_that_match_the_reference(factors):
     """Against the root of the formula; and never, where the size limits."""
     N, D = 1e9, 2e10

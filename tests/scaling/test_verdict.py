@@ -99,6 +99,9 @@ def test_precisions_that_the_law_does_not_know_are_refused_if_they_differ():
         "cannot tell the precision of these runs, and those with (bf16 lie .* below|nvfp4 lie .* above)",
     )
     assert any("or use a law that knows it such as efficiency" in why for why in found.reasons)
+    some = table.frame.assign(precision=table.frame["precision"].where(table.frame["precision"] == "nvfp4"))
+    unlabelled = judge(fit(LAW, RunTable(some), restarts=0))
+    assert_because(unlabelled, "REFUSE", "those with (no label lie .* below|nvfp4 lie .* above)")
     assert judge(fit(law, table, restarts=2)).grade == "OK"
     same = synth.draw(law, {**TRUE, "eff_N[nvfp4]": 1.0}, both, 0.001)
     assert_because(
