@@ -197,6 +197,12 @@ def _mixtures(fitted: Fit) -> Reasons:
     """Runs that differ in something that the columns of the law do not tell."""
     frame, law = fitted.table.frame, fitted.law
     made = [name for name in law.law.needs if name not in SIZES]
+    unquantised = {str(name).lower() for name in getattr(law.law, "reference", ())}
+    if "precision" in made and unquantised and not unquantised & set(frame["precision"].str.lower()):
+        yield refuse(
+            "no run is in bf16 or another precision that quantises nothing, so what the others cost cannot be "
+            "measured: add some, or say what to compare with by --option reference=LABEL"
+        )
     for column, remedy in LABELS.items():
         told = column in made or (column == "schedule" and "history" in law.law.needs)
         if told or column not in frame or frame[column].nunique(dropna=False) < 2:

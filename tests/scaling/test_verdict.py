@@ -100,6 +100,8 @@ def test_precisions_that_the_law_does_not_know_are_refused_if_they_differ():
     )
     assert any("or use a law that knows it such as efficiency" in why for why in found.reasons)
     some = table.frame.assign(precision=table.frame["precision"].where(table.frame["precision"] == "nvfp4"))
+    alone = table.where(table.column("precision") == "nvfp4")
+    assert_because(judge(fit(law, alone, restarts=0)), "REFUSE", "no run is in bf16")
     unlabelled = judge(fit(LAW, RunTable(some), restarts=0))
     assert_because(unlabelled, "REFUSE", "those with (no label lie .* below|nvfp4 lie .* above)")
     assert judge(fit(law, table, restarts=2)).grade == "OK"
