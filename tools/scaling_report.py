@@ -40,7 +40,10 @@ def command(options: argparse.Namespace) -> int:
                 else aim(options, surface)
             )
             designs = [design(surface, target, options.next, kappa=options.kappa)]
-    path = report(options.title, table, fits, held, paired(table), advices, designs, options.command, out=options.out)
+    path = report(
+        options.title, table, fits, held, paired(table, options.reference), advices, designs, options.command,
+        out=options.out, reference=options.reference,
+    )  # fmt: skip
     print(f"\nwritten: {path}")
     return 0
 
@@ -53,9 +56,9 @@ def can_hold_out(table: RunTable, direction: str) -> bool:
         return False
 
 
-def paired(table: RunTable) -> Gaps | None:
-    """Gaps between precisions, if there are pairs."""
+def paired(table: RunTable, reference: str) -> Gaps | None:
+    """Gaps of the precisions to the reference, if there are pairs; without, the page says why there is no figure."""
     try:
-        return gaps(table) if "precision" in table else None
+        return gaps(table, reference) if "precision" in table else None
     except ValueError:
         return None
