@@ -96,3 +96,48 @@ def four_bit_word(c0, c1, c2, c3, c4, c5, c6, c7):
 @triton.jit
 def four_byte_word(c0, c1, c2, c3):
     return c0 | (c1 << 8) | (c2 << 16) | (c3 << 24)
+
+
+@triton.jit
+def words_of(y, noise, w0, w1, F: tl.constexpr, CONVERT: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """A scaled half (R, 8) -> its codes in one word (four bits) or two (bytes), a tuple of (R,) int32."""
+    if STOCHASTIC and CONVERT == "rs":
+        c = eight(y)
+        return (
+            tl.inline_asm_elementwise(
+                RS_E2M1,
+                "=r,r,r,r,r,r,r,r,r,r,r",
+                [c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], w0, w1],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            ),
+        )
+    elif not STOCHASTIC and CONVERT != "software" and F.element == "e2m1":
+        c = eight(y)
+        return (
+            tl.inline_asm_elementwise(
+                RN_E2M1,
+                "=r,r,r,r,r,r,r,r,r",
+                [c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            ),
+        )
+    elif not STOCHASTIC and CONVERT != "software" and F.element == "e4m3":
+        c = eight(y)
+        return (
+            tl.inline_asm_elementwise(
+                RN_E4M3, "=r,r,r,r,r", [c[0], c[1], c[2], c[3]], dtype=tl.int32, is_pure=True, pack=1
+            ),
+            tl.inline_asm_elementwise(
+                RN_E4M3, "=r,r,r,r,r", [c[4], c[5], c[6], c[7]], dtype=tl.int32, is_pure=True, pack=1
+            ),
+        )
+    else:
+        c = eight(minifloat_code(y, noise, STOCHASTIC, F.bits, F.mantissa, F.least, F.largest))
+        if F.bits == 4:
+            return (four_bit_word(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]),)
+        else:
+            return four_byte_word(c[0], c[1], c[2], c[3]), four_byte_word(c[4], c[5], c[6], c[7])
