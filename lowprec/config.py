@@ -5,9 +5,13 @@ here and not in `train/`, because `train` imports this module and imports go one
 that Hydra checks YAML and command lines against: a key that is not a field, or a value of another type, does not
 compose.
 
+Any count of steps may be said in tokens, as papers do: ``steps: ${steps:10e12}`` becomes the steps of 10e12 tokens with
+this `train.global_batch` and `data.seq_len`, whatever they are set to.
+
 `precision` alone is a free mapping: its own strict reader is `lowprec.linear.load_precision`.
 """
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -110,6 +114,20 @@ class Run:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+
+def _steps_of_tokens(tokens: Any, *, _root_: DictConfig) -> int:
+    """``${steps:TOKENS}``: tokens / (train.global_batch * data.seq_len), to the nearest step, at least 1."""
+    try:
+        number = float(str(tokens).replace("_", ""))
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"${{steps:{tokens}}} is no number of tokens: write for example ${{steps:10e12}}")
+    return max(1, round(number / (_root_.train.global_batch * _root_.data.seq_len)))
+
+
+OmegaConf.register_new_resolver("steps", _steps_of_tokens, replace=True)
 
 
 def load(config: DictConfig) -> Run:

@@ -81,7 +81,15 @@ class Loaded:
         """The next `count` micro-batches that training would take; the same on every call."""
         t = self.run.train
         loader = Loader(
-            self.data.train, self.run.data.seq_len, t.global_batch, t.micro_batch, 0, 1, self.run.seed, self.place
+            self.data.train,
+            self.run.data.seq_len,
+            t.global_batch,
+            t.micro_batch,
+            0,
+            1,
+            self.run.seed,
+            self.place,
+            steps=t.steps,
         )
         taken: list[Micro] = []
         while len(taken) < count:

@@ -11,7 +11,7 @@ build.py      puts them together: build_data(config, seed) -> Data
 """
 
 from lowprec.data.build import Data, build_data
-from lowprec.data.config import DataConfig, SourceConfig, SourceKind, TextUnit
+from lowprec.data.config import DataConfig, PhaseConfig, SourceConfig, SourceKind, TextUnit
 from lowprec.data.loader import Loader, Step, TrainData
 from lowprec.data.packing import IGNORED, Batch
 from lowprec.data.tokenizer import Tokenizer
@@ -22,6 +22,7 @@ __all__ = [
     "Data",
     "DataConfig",
     "Loader",
+    "PhaseConfig",
     "SourceConfig",
     "SourceKind",
     "Step",

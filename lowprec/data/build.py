@@ -62,14 +62,18 @@ def build_data(config: DataConfig, seed: int = 0) -> Data:
         held.append((store, np.flatnonzero(out_D)))
     sequences = _validation(config, held)
     fingerprint = _fingerprint(config, opened, train, tokenizer, sequences)
+    phases = [(phase.start, list(phase.weights)) for phase in config.phases]
     identity = {
         "data.tokenizer (hash)": tokenizer.hash,
         "data.sources (hashes of content)": [s["hash"] for s in fingerprint["sources"]],
         "data.sources (weights)": [s.weight for s in config.sources],
+        **({"data.phases": [list(phase) for phase in phases]} if phases else {}),
         "data.validation_frac": config.validation_frac,
         "data.shuffle": config.shuffle,
     }
-    data = TrainData(train, tokenizer, config.validation_frac, config.shuffle, config.document_masking, identity)
+    data = TrainData(
+        train, tokenizer, config.validation_frac, config.shuffle, config.document_masking, identity, phases
+    )
     for i in range(len(train)):
         data.reader(i, config.seq_len, seed)  # raises now, and not at the first step
     batches = [sequences[i : i + config.validation_batch] for i in range(0, len(sequences), config.validation_batch)]

@@ -4,6 +4,7 @@ Plain dataclasses of enums, lists and optional values, because Hydra checks YAML
 of value are raised by `check()`; errors of content (a missing file, a wrong field) when the source is opened.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -30,7 +31,7 @@ class SourceConfig:
     """One source of documents. Without `streaming` it is tokenised once into a cache that is read by memory map."""
 
     kind: SourceKind = SourceKind.stdlib
-    path: str | None = None  # file, folder or glob pattern; for kind hub the dataset's name or folder
+    path: str | None = None  # file, folder or pattern; hub: the dataset's name or folder; stdlib: one package of it
     weight: float = 1.0  # share of the sequences (= of the tokens) of a mixture; need not sum to one
     text_field: str = "text"  # the column that holds the text (jsonl, parquet, hub)
     name: str | None = None  # hub: which configuration of the dataset
@@ -43,8 +44,17 @@ class SourceConfig:
 
 
 @dataclass
+class PhaseConfig:
+    """Another mixture of the same sources, from some share of the run on."""
+
+    start: float  # share of train.steps, above 0 and below 1
+    weights: list[float]  # one for each source, in their order; 0 = not in this phase
+
+
+@dataclass
 class DataConfig:
     sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig()])
+    phases: list[PhaseConfig] = field(default_factory=list)  # before the first: the sources' own weights
     # "bpe:4096" trains a byte-level BPE on the sources, "byte" is one token a byte, "hub:NAME" asks the hub, anything
     # else is the path of a tokenizer.json. null = the tokenizer of a source of kind tokens if there is one, else
     # bpe:4096.
@@ -79,6 +89,7 @@ class DataConfig:
                 raise ValueError(
                     f"data.sources[{i}]: prepared tokens are read by memory map, so streaming must be false"
                 )
+        self._check_phases()
         at_least = {"seq_len": (self.seq_len, 1), "validation_sequences": (self.validation_sequences, 0),
                     "validation_batch": (self.validation_batch, 1)}  # fmt: skip
         for key, (value, least) in at_least.items():
@@ -88,6 +99,24 @@ class DataConfig:
             raise ValueError(
                 f"data.validation_frac={self.validation_frac} must lie in [0, 1): it is a fraction, not a percentage"
             )
+
+    def _check_phases(self) -> None:
+        starts = [0.0, *(phase.start for phase in self.phases)]
+        for i, phase in enumerate(self.phases):
+            if not starts[i] < phase.start < 1:
+                raise ValueError(
+                    f"data.phases[{i}].start={phase.start} must lie above {starts[i]:g} and below 1: phases are listed"
+                    " in order, by the share of train.steps at which each begins"
+                )
+            if (
+                len(phase.weights) != len(self.sources)
+                or min(phase.weights) < 0
+                or not 0 < sum(phase.weights) < math.inf
+            ):
+                raise ValueError(
+                    f"data.phases[{i}].weights={list(phase.weights)}: give each of the {len(self.sources)} sources of"
+                    " data.sources a weight of 0 or more, not all 0"
+                )
 
 
 _PATH_HELP = {

@@ -1,8 +1,8 @@
 """The loader: which sequences make step n, for whom, and how to go on after a stop.
 
 Training data is one endless list of sequences, and sequence g of it is a pure function of (configuration, seed, g):
-first the source (by weight), then the place in that source. A step takes the next `global_batch` of them, whatever the
-number of ranks:
+first the source (by the weights of its phase), then the place in that source. A step takes the next `global_batch` of
+them, whatever the number of ranks:
 
     micro-batch m of a step = sequences g0 + m*micro_batch ...
     rank r of W takes micro-batches r*A ... r*A + A - 1, where A = micro-batches of a step / W
@@ -14,7 +14,7 @@ consumed.
 
 import copy
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,9 @@ from lowprec.data.sources import Documents
 from lowprec.data.store import TokenStore
 from lowprec.data.streaming import Stream
 from lowprec.data.tokenizer import Tokenizer
+
+Phases = list[tuple[int, list[float]]]
+"""From which sequence on which weights hold, in order; the first from 0."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class TrainData:
     shuffle: bool
     document_masking: bool
     identity: dict[str, Any]  # what a resumed run must find unchanged: {what: JSON value}
+    phases: list[tuple[float, list[float]]] = field(default_factory=list)  # share of the run, weights from there on
+
+    def phases_of(self, sequences: int) -> Phases:
+        """The mixture of a run of so many sequences."""
+        first: Phases = [(0, [source.weight for source in self.sources])]
+        return first + [(round(start * sequences), weights) for start, weights in self.phases]
 
     def reader(self, i: int, seq_len: int, seed: int) -> Epochs | Stream:
         """Sequences of source i. Raises ValueError if it is too small for one."""
@@ -73,20 +82,54 @@ def schedule(weights: list[float], first: int, count: int) -> tuple[np.ndarray, 
 
     Source k wants its m-th sequence at time (m + 1/2) / w_k (weights w sum to 1), and sequences are dealt out in order
     of those times: as even as can be. After t sequences source k has had w_k t of them, give or take 1/2 + w_k K/2 for
-    K sources.
+    K sources. A source of weight 0 gets none.
     """
-    w = np.array(weights) / sum(weights)
-    slack = len(w) + 1
+    before, source, place = _around(weights, first, count)
+    return source[first - before :][:count], place[first - before :][:count]
+
+
+def _around(weights: list[float], first: int, count: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """The mixture from a little before `first`: how many sequences precede, then sources and places in order."""
+    (k,) = np.nonzero(np.array(weights))
+    w = np.array(weights)[k] / sum(weights)
+    slack = len(k) + 1
     low = np.maximum(0, np.floor(w * first).astype(np.int64) - slack)  # all before these come before `first`
     high = np.ceil(w * (first + count)).astype(np.int64) + slack
-    source = np.repeat(np.arange(len(w)), high - low)
+    source = np.repeat(np.arange(len(k)), high - low)
     place = np.concatenate([np.arange(lo, hi) for lo, hi in zip(low, high)])
-    order = np.lexsort((source, (place + 0.5) / w[source]))[first - low.sum() :][:count]
-    return source[order], place[order]
+    order = np.lexsort((source, (place + 0.5) / w[source]))
+    return int(low.sum()), k[source[order]], place[order]
+
+
+def phased(phases: Phases, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `schedule`, of weights that change: in every phase a source goes on where the one before has left it."""
+    sources, places = [], []
+    taken_K = np.zeros(len(phases[0][1]), dtype=np.int64)
+    for (begin, weights), end in zip(phases, [*(begin for begin, _ in phases[1:]), first + count]):
+        low, high = max(first, begin), min(first + count, end)
+        if low < high:
+            source, place = schedule(weights, low - begin, high - low)
+            sources.append(source)
+            places.append(place + taken_K[source])
+        if end < first + count:
+            taken_K = taken_K + _taken(weights, end - begin)
+    return np.concatenate(sources), np.concatenate(places)
+
+
+def _taken(weights: list[float], count: int) -> np.ndarray:
+    """How many of the first `count` sequences of a mixture are each source's: the first place not yet dealt out."""
+    before, source, place = _around(weights, count, 0)
+    taken_K = np.zeros(len(weights), dtype=np.int64)
+    rest = slice(count - before, None)
+    taken_K[source[rest][::-1]] = place[rest][::-1]  # the earliest is written last
+    return taken_K
 
 
 class Loader:
-    """Steps of training data for one rank. ValueError if the batch cannot be cut, or `state` belongs to other data."""
+    """Steps of training data for one rank; `steps` is how many the whole run has, which data with phases must know.
+
+    ValueError if the batch cannot be cut, or `state` belongs to other data.
+    """
 
     def __init__(
         self,
@@ -98,6 +141,7 @@ class Loader:
         world: int,
         seed: int,
         state: dict[str, Any] | None = None,
+        steps: int | None = None,
     ) -> None:
         if global_batch % (micro_batch * world):
             raise ValueError(
@@ -105,6 +149,9 @@ class Loader:
                 f"{world} ranks: for example {micro_batch * world * max(1, global_batch // (micro_batch * world))}"
             )
         self._data, self._global_batch, self._micro_batch = data, global_batch, micro_batch
+        if data.phases and not steps:
+            raise ValueError("data.phases are shares of the run: give the loader the number of its steps")
+        self._phases = data.phases_of((steps or 0) * global_batch)
         self._accumulation = global_batch // micro_batch // world
         self._first_micro = rank * self._accumulation
         self._identity = {**data.identity, "seed": seed, "data.seq_len": seq_len}
@@ -166,7 +213,7 @@ class Loader:
 
     def _produce(self, samples: int) -> tuple[Step, dict[str, Any]]:
         """The step that begins at a sequence, and the state after it."""
-        source_G, place_G = schedule([s.weight for s in self._data.sources], samples, self._global_batch)
+        source_G, place_G = phased(self._phases, samples, self._global_batch)
         begin = self._first_micro * self._micro_batch
         mine_G = np.zeros(self._global_batch, dtype=bool)
         mine_G[begin : begin + self._accumulation * self._micro_batch] = True

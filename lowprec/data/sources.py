@@ -3,10 +3,11 @@
 That is all the rest of the package needs: a finite source is read once, front to back, into a token store; a streamed
 one is read shard by shard in a random order, and its place is three integers (epoch, shard, document).
 
-  stdlib    the .py files of Python's own library, one document each. Left out: third-party packages, the test suites
-            (half the bytes, mostly assertions, and absent from slim images: this way the corpus is the same there) and
-            encodings/ (character tables). In Python 3.11 that is 608 documents, 10.7 MB, 2.9 M tokens of bpe:4096;
-            `exclude: []` brings everything: 1,761 documents, 31.5 MB, 9.4 M tokens.
+  stdlib    the .py files of Python's own library (or of one package of it), one document each. Left out:
+            third-party packages, the test suites (half the bytes, mostly assertions, and absent from slim images:
+            this way the corpus is the same there) and encodings/ (character tables). In Python 3.11 that is 608
+            documents, 10.7 MB, 2.9 M tokens of bpe:4096; `exclude: []` brings everything: 1,761 documents, 31.5 MB,
+            9.4 M tokens.
   text      one document a file, paragraph or line; a shard is a file
   jsonl, parquet, hub    through Hugging Face `datasets`; a shard is one of its shards (usually a file)
 """
@@ -63,7 +64,8 @@ def open_source(config: SourceConfig, label: str) -> Documents:
     unit = config.unit
     if kind is SourceKind.stdlib:
         about |= {"python": platform.python_version()}
-        files = stdlib_files(_STDLIB_EXCLUDE if config.exclude is None else config.exclude)
+        files = stdlib_files(_STDLIB_EXCLUDE if config.exclude is None else config.exclude, config.path)
+        about |= {"path": config.path} if config.path else {}
         unit = TextUnit.file
     elif kind is SourceKind.hub:
         about |= {"path": config.path, "name": config.name, "split": config.split, "revision": config.revision}
@@ -93,11 +95,21 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def stdlib_files(exclude: Iterable[str]) -> list[Path]:
-    """Sources of the running Python's library, sorted. Raises ValueError where they were not installed."""
+def stdlib_files(exclude: Iterable[str], package: str | None = None) -> list[Path]:
+    """Sources of the running Python's library, or of one package of it ("asyncio"), sorted.
+
+    Raises ValueError where they were not installed.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     files = [f for f in _walk(root, exclude) if f.suffix == ".py" and not f.name.startswith("_sysconfigdata")]
-    if len(files) < 100:
+    if package and len(files) >= 100:
+        files = [f for f in files if f.is_relative_to(root / package)]
+        if not files:
+            raise ValueError(
+                f"the standard library has no package {package!r} with sources outside of {sorted(exclude)}: name a "
+                "folder of it, for example asyncio, or leave the path out"
+            )
+    elif len(files) < 100:
         raise ValueError(
             f"this Python has no standard-library sources in {root} (a stripped or zipped installation): name your own "
             "text with data=local_text data.sources.0.path=FOLDER, or use a Python that has them"

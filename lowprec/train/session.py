@@ -135,7 +135,9 @@ def open_session(run: Run, world: World) -> Session | None:
     model, plan = plan_model(run)
     make_optimizer = partial(build_optimizer, config=run.optim)
     engine = parallelize(model, plan, world, run.parallel, run.comm, DTYPES[t.dtype], make_optimizer)
-    loader = Loader(data.train, run.data.seq_len, t.global_batch, t.micro_batch, *world.data, run.seed)
+    loader = Loader(
+        data.train, run.data.seq_len, t.global_batch, t.micro_batch, *world.data, run.seed, steps=t.steps
+    )
     oscillation = Oscillation(plan, t.steps, DTYPES[t.dtype], world.stage)
     state = TrainState(engine, loader, plan, oscillation, Guard(run.guard, world.device))
     checkpoints = Checkpoints(folder.checkpoints, world, t.keep_last, t.keep_every, t.checkpoint_async, narrator.say)

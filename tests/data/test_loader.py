@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowprec.data import Data, DataConfig, Loader, SourceConfig, SourceKind, Step, build_data
-from lowprec.data.loader import schedule
+from lowprec.data import Data, DataConfig, Loader, PhaseConfig, SourceConfig, SourceKind, Step, build_data
+from lowprec.data.loader import phased, schedule
 from lowprec.data.sources import Documents
 
 
@@ -186,3 +186,69 @@ def test_mixture_weights_are_shares_of_the_sequences(config: DataConfig, tmp_pat
     sequences, _, _ = run(build_data(config), 10)
     from_second = [torch.tensor(s[0]).eq(ord("Q")).any().item() for s in sequences]
     assert [sum(from_second[i : i + 8]) for i in range(0, 80, 8)] == [2] * 10
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.7]), min_size=3, max_size=3), min_size=1, max_size=4),
+    st.lists(st.integers(1, 400), min_size=4, max_size=4),
+    st.integers(0, 1500),
+    st.integers(1, 200),
+)
+def test_phases_are_one_list_without_gaps(
+    weights: list[list[float]], lengths: list[int], first: int, count: int
+) -> None:
+    """A window is a cut of one list, every source's places count up without a gap, shares are those of each phase."""
+    weights = [w if sum(w) else [1.0, 0.0, 2.0] for w in weights]
+    begins = [0, *np.cumsum(lengths)[: len(weights) - 1].tolist()]
+    phases = list(zip(begins, weights))
+    source, place = phased(phases, 0, first + count)
+    some_source, some_place = phased(phases, first, count)
+    assert some_source.tolist() == source[first:].tolist() and some_place.tolist() == place[first:].tolist()
+    for k in range(3):
+        assert place[source == k].tolist() == list(range((source == k).sum()))
+    for (begin, w), end in zip(phases, [*begins[1:], first + count]):
+        had = np.bincount(source[begin:end], minlength=3)
+        assert np.abs(had - np.array(w) / sum(w) * len(source[begin:end])).max() <= 2 + 1e-6
+        assert not had[np.array(w) == 0].any()
+
+
+def test_a_run_in_phases(config: DataConfig, tmp_path: Path) -> None:
+    """The second source has 1/4 for 70 % of the run, none until 90 %, then all; a stop in a phase changes nothing."""
+    (tmp_path / "q.txt").write_text("Q" * 300)
+    config.sources[0].weight = 3
+    config.sources.append(SourceConfig(kind=SourceKind.text, path=str(tmp_path / "q.txt"), weight=1))
+    config.phases = [PhaseConfig(0.7, [1, 0]), PhaseConfig(0.9, [0, 2])]
+    data = build_data(config).train
+
+    def sequences(loader: Loader, steps: int) -> list[list[list[int]]]:
+        return rows([loader.next_step() for _ in range(steps)])
+
+    whole = sequences(Loader(data, 32, 8, 2, 0, 1, seed=3, steps=10), 10)
+    of_second = [torch.tensor(s[0]).eq(ord("Q")).any().item() for s in whole]
+    assert [sum(of_second[i : i + 8]) for i in range(0, 80, 8)] == [2] * 7 + [0, 0, 8]
+    loader = Loader(data, 32, 8, 2, 0, 1, seed=3, steps=10)
+    before, state = sequences(loader, 8), loader.state_dict()
+    again = Loader(data, 32, 8, 2, 0, 1, seed=3, state=json.loads(json.dumps(state)), steps=10)
+    assert before + sequences(again, 2) == whole
+    with pytest.raises(ValueError, match="number of its steps"):
+        Loader(data, 32, 8, 2, 0, 1, seed=3)
+    config.phases[0].weights = [1, 1]
+    with pytest.raises(ValueError, match=r"cannot resume on other data: data\.phases was"):
+        Loader(build_data(config).train, 32, 8, 2, 0, 1, seed=3, state=state, steps=10)
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ([PhaseConfig(0.0, [1])], r"data\.phases\[0\]\.start=0\.0 must lie above 0 and below 1"),
+        ([PhaseConfig(0.5, [1]), PhaseConfig(0.4, [1])], r"phases\[1\]\.start=0\.4 must lie above 0\.5"),
+        ([PhaseConfig(0.5, [1, 2])], r"phases\[0\]\.weights=\[1, 2\]: give each of the 1 sources"),
+        ([PhaseConfig(0.5, [0])], r"not all 0"),
+        ([PhaseConfig(0.5, [float("nan")])], r"not all 0"),
+    ],
+)
+def test_phases_that_cannot_be(config: DataConfig, phases: list[PhaseConfig], message: str) -> None:
+    config.phases = phases
+    with pytest.raises(ValueError, match=message):
+        config.check()

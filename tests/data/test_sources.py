@@ -131,6 +131,15 @@ def test_stdlib_leaves_out_what_is_not_its_own() -> None:
     }
 
 
+def test_one_package_of_the_stdlib() -> None:
+    """`path` names a package of the library, and one that it does not have is a sentence."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = stdlib_files([], "asyncio")
+    assert root / "asyncio" / "events.py" in files and {f.parent for f in files} == {root / "asyncio"}
+    with pytest.raises(ValueError, match="no package 'asincio'"):
+        stdlib_files([], "asincio")
+
+
 def test_stdlib_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Python that was installed without its sources gets one sentence with the way out."""
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))

@@ -43,6 +43,7 @@ def sentence(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["train.steps.x=1"], "no key 'train.steps.x': train.steps is a single value"),
         (["data.sources.0.pathh=x"], "no key 'data.sources.0.pathh' (did you mean data.sources.0.path?)"),
         (["train.steps=abc"], "train.steps: Value 'abc' of type 'str' could not be converted to Integer"),
+        (["train.steps=${steps:many}"], "is no number of tokens: write for example"),
         (["train.steps=null"], "train.steps: field 'train.steps' is not Optional"),
         (
             ["monitor.wandb=offlin"],
