@@ -9,18 +9,20 @@
     logits_BTV = model(tokens_BT, document_ids_BT)
     loss_sum, z_sum = cross_entropy(logits_BTV, targets_BT, z_loss=1e-4)
 
-`count_parameters` and `flops_per_token` need the config only; `generate` samples a continuation of a prompt.
+`count_parameters` and `flops_per_token` need the config only; `generate` samples a continuation of a prompt. `hf` reads
+and writes the names, configs and files of Hugging Face checkpoints.
 """
 
 from .config import Activation, MambaConfig, ModelConfig
 from .flops import count_parameters, flops_per_token
-from .generate import generate
+from .generate import Cached, generate
 from .loss import IGNORE, cross_entropy
 from .transformer import Transformer, build
 
 __all__ = [
     "IGNORE",
     "Activation",
+    "Cached",
     "MambaConfig",
     "ModelConfig",
     "Transformer",

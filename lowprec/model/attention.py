@@ -33,6 +33,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from .config import ModelConfig
 from .norm import RMSNorm
+from .ssd import Documents
 
 _BLOCK_TOKENS = 128  # queries per block of the CPU path
 _BLOCKED_MAX_TOKENS = 2048  # longer sequences would keep too many probabilities for backward
@@ -47,6 +48,10 @@ def whole(x: Tensor, axis: int) -> Tensor:
     return x
 
 
+Memory = dict[nn.Module, tuple[Tensor, Tensor]]
+"""By layer: keys and values seen (B, U, K, D), or a Mamba-2 block's last inputs of its convolution and its state."""
+
+
 class Context:
     """What every layer of one forward shares: the tables of RoPE and the mask.
 
@@ -55,11 +60,24 @@ class Context:
 
     cos_BT1D, sin_BT1D: fp32, D/2 wide, or None without RoPE. bias_B1TU: additive mask in the compute dtype, or None
     when the plain causal kernel serves. The batch axis is 1 when no documents are given. T are the tokens of this rank,
-    U those of the whole row.
+    U those of the whole row. documents: of the row, for Mamba-2 blocks; None when it is one.
+    memory: what layers have seen of the tokens before these, by layer (`generate.py`); None in training.
     """
 
-    def __init__(self, cos_BT1D: Tensor | None, sin_BT1D: Tensor | None, bias_B1TU: Tensor | None) -> None:
+    def __init__(
+        self,
+        cos_BT1D: Tensor | None,
+        sin_BT1D: Tensor | None,
+        bias_B1TU: Tensor | None,
+        documents: Documents | None = None,
+        memory: Memory | None = None,
+    ) -> None:
         self.cos_BT1D, self.sin_BT1D, self.bias_B1TU = cos_BT1D, sin_BT1D, bias_B1TU
+        self.documents, self.memory = documents, memory
+
+    def recall(self, layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """What a layer has put into the memory, if there is one and it has."""
+        return None if self.memory is None else self.memory.get(layer)
 
     @staticmethod
     def of(
@@ -78,15 +96,20 @@ class Context:
         index_1T, starts_BT = part(index_U[None], 1), part(starts_BU, 1)
         cos = sin = bias = None
         if config.rope_theta is not None:
-            width = config.dim_per_head
-            exponent_D = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
-            angle_BTD = (index_1T - starts_BT).float()[..., None] * config.rope_theta**-exponent_D
-            cos, sin = angle_BTD.cos()[:, :, None], angle_BTD.sin()[:, :, None]
+            cos, sin = tables(index_1T - starts_BT, config.rope_theta, config.dim_per_head)
         if document_ids_BU is not None or _takes_blocked(device, length):
             visible_BTU = (index_U <= index_1T[..., None]) & (index_U >= starts_BT[..., None])
             zeros_BTU = torch.zeros(visible_BTU.shape, dtype=dtype, device=device)
             bias = zeros_BTU.masked_fill_(~visible_BTU, -torch.inf)[:, None]
-        return Context(cos, sin, bias)
+        return Context(cos, sin, bias, Documents(starts_BU) if document_ids_BU is not None else None)
+
+    @staticmethod
+    def after(config: ModelConfig, past: int, tokens_BT: Tensor, memory: Memory) -> "Context":
+        """Of tokens that follow `past` others, at least one, which the layers hold in the memory."""
+        if config.rope_theta is None:
+            return Context(None, None, None, memory=memory)
+        positions_1T = torch.arange(past, past + tokens_BT.shape[1], device=tokens_BT.device)[None]
+        return Context(*tables(positions_1T, config.rope_theta, config.dim_per_head), None, memory=memory)
 
     def rotate(self, x_BTHD: Tensor) -> Tensor:
         """Apply RoPE in fp32; returns x's dtype, and x itself when the model has no positions."""
@@ -95,6 +118,13 @@ class Context:
         a, b = x_BTHD.float().chunk(2, dim=-1)
         cos, sin = self.cos_BT1D, self.sin_BT1D
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BTHD.dtype)
+
+
+def tables(positions_BT: Tensor, theta: float, width: int) -> tuple[Tensor, Tensor]:
+    """cos_BT1D and sin_BT1D of RoPE, fp32, width / 2 wide."""
+    exponent_D = torch.arange(0, width, 2, device=positions_BT.device, dtype=torch.float32) / width
+    angle_BTD = positions_BT.float()[..., None] * theta**-exponent_D
+    return angle_BTD.cos()[:, :, None], angle_BTD.sin()[:, :, None]
 
 
 def _takes_blocked(device: torch.device, length: int) -> bool:
@@ -155,5 +185,9 @@ class Attention(nn.Module):
         # head counts come from the projections' outputs, so a tensor-parallel shard holds a part of the heads
         q, k, v = (proj(x_BTC).unflatten(-1, (-1, self.width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = context.rotate(self.q_norm(q)), context.rotate(self.k_norm(k))
+        if context.memory is not None:
+            if (seen := context.recall(self)) is not None:
+                k, v = torch.cat([seen[0], k], dim=1), torch.cat([seen[1], v], dim=1)
+            context.memory[self] = k, v
         y_BHTD = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context.bias_B1TU)
         return self.o_proj(y_BHTD.transpose(1, 2).flatten(2))

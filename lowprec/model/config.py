@@ -1,4 +1,4 @@
-"""What a decoder is made of: sizes, activation, position encoding, and (on paper) the block pattern of a hybrid.
+"""What a decoder is made of: sizes, activation, position encoding, and the block pattern of a hybrid.
 
 A `ModelConfig` holds shapes and choices of architecture only. How a matrix product is rounded is not here: precision
 is a plan laid over the finished model, so one config serves every recipe.
@@ -8,8 +8,7 @@ Two families are described:
 - a **Transformer** (`pattern: null`): `layers` blocks of attention + MLP (Llama, arXiv:2302.13971; with squared
   ReLU instead of SwiGLU, the Transformers of arXiv:2509.25149);
 - a **hybrid** (`pattern: "M-M*-"`): one character a block, `M` Mamba-2 (arXiv:2405.21060), `-` MLP, `*` attention,
-  as in Nemotron-H (arXiv:2504.03624). Its parameters and FLOPs can be counted; `build` refuses it, because Mamba-2
-  blocks are not implemented yet.
+  as in Nemotron-H (arXiv:2504.03624).
 """
 
 import difflib
@@ -26,14 +25,27 @@ class Activation(Enum):
 
 @dataclass
 class MambaConfig:
-    """Sizes of a Mamba-2 block, arXiv:2405.21060. Its inner width is heads * head_dim and must equal expand * dim."""
+    """Sizes of a Mamba-2 block, arXiv:2405.21060. Its inner width is heads * head_dim, which `expand` may check."""
 
     heads: int = 128
     head_dim: int = 80
     groups: int = 8  # B and C are shared by heads / groups heads
     state: int = 128  # state values per channel
     conv: int = 4  # taps of the causal convolution
-    expand: int = 2  # inner width / dim
+    expand: int | None = 2  # inner width / dim; None = any (pruned models, such as Nemotron-Nano-9B-v2)
+    dt_low: float = 0.0  # step sizes are at least this after their softplus
+    dt_high: float | None = None  # and at most this; None = no limit
+    kernels: bool = True  # use those of mamba_ssm and causal_conv1d where installed, on a GPU
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "head_dim", "groups", "state", "conv", "expand"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"model.mamba.{name} is {getattr(self, name)}: it must be at least 1.")
+        if self.dt_low < 0 or (self.dt_high is not None and self.dt_high <= self.dt_low):
+            raise ValueError(
+                f"model.mamba.dt_low is {self.dt_low} and dt_high {self.dt_high}: step sizes need "
+                "0 <= dt_low < dt_high (null = no limit)."
+            )
 
 
 @dataclass
@@ -54,7 +66,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # the head's weight is the embedding's
     norm_eps: float = 1.0e-5
     init_std: float = 0.02  # standard deviation of every matrix at step 0
-    init_scale_residual: bool = True  # o_proj and down_proj start at init_std / sqrt(2 layers), as in GPT-2
+    init_scale_residual: bool = True  # o, down and out_proj start at init_std / sqrt(additions to the residual stream)
     pattern: str | None = None  # hybrid: one of M - * per block
     mamba: MambaConfig | None = None  # needed by a pattern with M
     max_seq_len: int = 2048  # longest sequence a forward accepts
@@ -100,9 +112,12 @@ class ModelConfig:
             raise ValueError(
                 "model.pattern has M blocks but model.mamba is null: give heads, head_dim, groups, state, conv, expand."
             )
-        inner, wanted = self.mamba.heads * self.mamba.head_dim, self.mamba.expand * self.dim
-        if inner != wanted:
-            raise ValueError(f"model.mamba.heads * head_dim is {inner} but expand * dim is {wanted}: make them equal.")
+        inner, wanted = self.mamba.heads * self.mamba.head_dim, (self.mamba.expand or 0) * self.dim
+        if self.mamba.expand is not None and inner != wanted:
+            raise ValueError(
+                f"model.mamba.heads * head_dim is {inner} but expand * dim is {wanted}: make them equal, or set "
+                "expand to null."
+            )
         if self.mamba.heads % self.mamba.groups:
             raise ValueError(
                 f"model.mamba.groups {self.mamba.groups} does not divide model.mamba.heads {self.mamba.heads}."

@@ -2,6 +2,9 @@
 
     x = embed(tokens)      x = x + attn(attn_norm(x))      x = x + mlp(mlp_norm(x))      logits = lm_head(norm(x))
 
+A block of a hybrid (Nemotron-H, arXiv:2504.03624) is one of the two, or x = x + mamba(mamba_norm(x)), as the character
+of `ModelConfig.pattern` says; parts of a block keep their names, so a rule `layers.*.mlp.*` means the same in both.
+
 Parameters are fp32 (they are the optimizer's master weights); activations flow in `dtype`, which the embedding's
 output sets. Every matrix product with a weight is a plain `nn.Linear` without bias: the model knows nothing of
 precision, and a plan gives each linear its recipe (and the cast of its weight) afterwards. Without a plan the model
@@ -15,44 +18,54 @@ Build it on the meta device, lay the plan and the sharding over it, then give it
     model.init_weights(seed=0)
 """
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .attention import Attention, Context, Part, whole
 from .config import ModelConfig
+from .init import assign, initial, plain_name
+from .mamba import Mamba
 from .mlp import MLP
 from .norm import RMSNorm
-
-# what torch.compile and activation recomputation put into the names of parameters
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class Block(nn.Module):
     """One pre-norm layer: x_BTC -> x_BTC."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kinds: str = "*-") -> None:
+        """kinds: its parts in order, each M (Mamba-2), * (attention) or - (MLP)."""
         super().__init__()
-        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attn = Attention(config)
-        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MLP(config)
+        self.kinds = kinds
+        for kind in kinds:
+            if kind == "M":
+                self.mamba_norm = RMSNorm(config.dim, config.norm_eps)
+                self.mamba = Mamba(config)
+            elif kind == "*":
+                self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+                self.attn = Attention(config)
+            else:
+                self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+                self.mlp = MLP(config)
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        x_BTC = x_BTC + self.attn(self.attn_norm(x_BTC), context)
-        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+        for kind in self.kinds:
+            if kind == "M":
+                x_BTC = x_BTC + self.mamba(self.mamba_norm(x_BTC), context)
+            elif kind == "*":
+                x_BTC = x_BTC + self.attn(self.attn_norm(x_BTC), context)
+            else:
+                x_BTC = x_BTC + self.mlp(self.mlp_norm(x_BTC))
+        return x_BTC
 
 
 class Transformer(nn.Module):
-    """Llama-style decoder; see the module's docstring for its parts and how it is built."""
+    """A decoder, Llama-style or hybrid; see the module's docstring for its parts and how it is built."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
         self.embed = nn.Embedding(config.vocab_size, config.dim, dtype=torch.float32)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, kinds) for kinds in config.pattern or ["*-"] * config.layers)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False, dtype=torch.float32)
         self._tie()
@@ -71,37 +84,15 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw every parameter from its own generator, keyed by (seed, name).
-
-        Matrices are normal(0, init_std), the residual outputs o_proj and down_proj divided by sqrt(2 layers) if the
-        config says so, and norms are 1. The full tensor is drawn on the CPU and each rank keeps its shard, so the
-        weights do not depend on the order, the device, or the number of ranks.
-        """
+        """Give every parameter its value at step 0 (`init.py`): the same on any number of ranks."""
         for name, parameter in self.named_parameters():
-            for wrapper in _WRAPPERS:
-                name = name.replace(wrapper, "")
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-                continue
-            std = self.config.init_std
-            if self.config.init_scale_residual and name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= (2 * self.config.layers) ** 0.5
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
-            full = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            full.normal_(0.0, std, generator=generator)
-            if isinstance(parameter, DTensor):
-                full = full.to(parameter.device)
-                shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-                parameter.to_local().copy_(shard.to_local())
-            else:
-                parameter.copy_(full)
+            assign(parameter, initial(plain_name(name), parameter.shape, self.config, seed))
 
     def forward(self, tokens_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
         """Next-token logits.
 
         tokens_BT: int64 in [0, vocab_size). document_ids_BT: int64 or None; where it changes along a row a new
-        document begins, attention does not look back across it and positions restart. Returns logits_BTV in the
+        document begins, attention does not look back across it, states and positions restart. Returns logits_BTV in the
         compute dtype. Raises ValueError if T exceeds max_seq_len.
         """
         context = self.context(tokens_BT, document_ids_BT)
@@ -131,11 +122,6 @@ class Transformer(nn.Module):
 def build(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Transformer:
     """The model of `config` on torch's current device (use the meta device), with fp32 parameters not yet initialised.
 
-    dtype is that of the activations. Raises ValueError for a hybrid pattern.
+    dtype is that of the activations.
     """
-    if config.pattern is not None:
-        raise ValueError(
-            "model.pattern describes a hybrid, and Mamba-2 blocks are not implemented yet: its parameters and FLOPs "
-            "can be counted, but to train choose a Transformer (model.pattern: null) such as model=transformer_1b2."
-        )
     return Transformer(config, dtype)

@@ -29,7 +29,7 @@ from lowprec.parallel.context import context_parallel
 from lowprec.parallel.engine import Engine
 from lowprec.parallel.mesh import World
 from lowprec.parallel.pipeline import Pipeline, cut
-from lowprec.parallel.tensor import tensor_parallel
+from lowprec.parallel.tensor import refuse_scan, tensor_parallel
 from lowprec.parallel.transport import Transport
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
@@ -54,6 +54,7 @@ def parallelize(
         return build(model, plan, world, config, dtype, make_optimizer)
     transport = Transport(world, comm, plan, dtype)
     wire = (comm.activation_codec, transport.meter)
+    refuse_scan(model.config, world.axis("tp").size, world.axis("cp").size)
     tensor_parallel(model, plan, world, *wire)
     context_parallel(model, plan, world, *wire)
     recompute(model, config.recompute, config.compile_with if config.compile else None)
@@ -71,13 +72,18 @@ def parallelize(
 
 def recompute(model: Transformer, how: Recompute, compiler: str | None = None) -> None:
     """Wraps what is computed again in the backward pass, and compiles each block: around what is recomputed inside of
-    it, inside of what recomputes it whole. Quantised products stay outside the graphs."""
+    it, inside of what recomputes it whole. Quantised products stay outside the graphs. A Mamba-2 block always computes
+    what lies between its matrices again, but not twice."""
     again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in model.layers:
         assert isinstance(block, Block)
         if how is Recompute.selective:
-            block.attn.core = again(block.attn.core)
-            block.mlp.activate = again(block.mlp.activate)
+            if "*" in block.kinds:
+                block.attn.core = again(block.attn.core)
+            if "-" in block.kinds:
+                block.mlp.activate = again(block.mlp.activate)
+        if how is Recompute.full and "M" in block.kinds:
+            block.mamba.between = block.mamba.mix
         if compiler:
             for layer in block.modules():
                 if isinstance(layer, QuantizedLinear):

@@ -112,6 +112,16 @@ def refuse(config: ModelConfig, ranks: int) -> None:
         )
 
 
+def refuse_scan(config: ModelConfig, tp: int, cp: int) -> None:
+    """Raises ValueError if Mamba-2 blocks would be cut: neither their heads nor their sequence are, so far."""
+    for axis, ranks in (("tp", tp), ("cp", cp)):
+        if ranks > 1 and config.count_blocks("M"):
+            raise ValueError(
+                f"parallel.{axis}={ranks}: the Mamba-2 blocks of model.pattern are not cut over ranks; set "
+                f"parallel.{axis}=1 and share the parameters instead (parallel.shard), or use a pipeline (parallel.pp)"
+            )
+
+
 def _refuse_noise(recipe: AttentionRecipe | None) -> None:
     gemms = [] if recipe is None else [recipe.qk, recipe.pv, recipe.dv, recipe.dp, recipe.dq, recipe.dk]
     if any("stochastic" in (gemm.a.rounding, gemm.b.rounding) for gemm in gemms):

@@ -12,6 +12,17 @@ from lowprec.model import Activation, MambaConfig, ModelConfig, build, count_par
 RECIPES = sorted((Path(lowprec.__file__).parent / "recipes" / "model").glob("*.yaml"))
 
 
+SIZES = {
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "qwen3_8b": 8_190_735_360,
+    "nemotron_h_12b": 12_310_001_152,
+    "nemotron_h_8b": 8_084_075_520,
+    "transformer_1b2": 1_291_929_600,
+}
+"""Of published models; of the released checkpoints for Llama and Qwen, and "12.31B" on the hybrid's model card."""
+
+
 def load(path):
     """A YAML file as Hydra would read it: strict, no key that the dataclass lacks."""
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(path)))
@@ -33,12 +44,16 @@ def load(path):
         ({"pattern": "M-*-"}, "model.mamba is null"),
         ({"pattern": "M-*-", "mamba": MambaConfig(heads=3)}, "is 240 but expand . dim is 512"),
         ({"pattern": "M-*-", "mamba": MambaConfig(heads=32, head_dim=16, groups=5)}, "groups 5 does not divide"),
+        ({"pattern": "M-*-", "mamba": {"state": 0}}, "model.mamba.state is 0"),
+        ({"pattern": "M-*-", "mamba": {"dt_low": 0.1, "dt_high": 0.1}}, "dt_low is 0.1 and dt_high 0.1"),
     ],
 )
 def test_impossible_sizes_are_named(change, words):
     """Each mistake raises one sentence with the field and what would be valid."""
     with pytest.raises(ValueError, match=words) as error:
-        ModelConfig(**change)
+        ModelConfig(
+            **change | ({"mamba": MambaConfig(**mamba)} if isinstance(mamba := change.get("mamba"), dict) else {})
+        )
     assert str(error.value).count(". ") == 0
 
 
@@ -49,7 +64,7 @@ def test_activation_may_be_given_by_name():
 
 def test_recipes_are_found():
     """The parametrised tests below are not empty."""
-    assert {"llama_tiny", "llama_4m", "llama_130m", "llama3_8b", "transformer_1b2"} <= {p.stem for p in RECIPES}
+    assert {p.stem for p in RECIPES} >= SIZES.keys() | {"llama_tiny", "llama_4m", "llama_130m", "nemotron_h_tiny"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -64,12 +79,11 @@ def test_every_recipe_is_valid_complete_and_divisible(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_every_recipe_builds_on_meta_or_says_why_not(path):
-    """A Transformer's parameters on the meta device equal the paper count; a hybrid is refused in one sentence."""
+def test_every_recipe_builds_on_meta(path):
+    """The parameters of each model on the meta device are as many as its config counts, and as are published."""
     config = load(path)
     with torch.device("meta"):
-        if config.pattern is None:
-            assert sum(p.numel() for p in build(config).parameters()) == count_parameters(config)["total"]
-        else:
-            with pytest.raises(ValueError, match="Mamba-2 blocks are not implemented yet"):
-                build(config)
+        model = build(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == count_parameters(config)["total"] == SIZES.get(path.stem, parameters)
+    assert "".join(block.kinds for block in model.layers) == (config.pattern or "*-" * config.layers)
