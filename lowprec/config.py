@@ -91,6 +91,37 @@ class MonitorConfig:
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+    checkpoints: bool = False  # W&B: each checkpoint as an artifact that refers to its path
+    cancel_s: float = 60.0  # W&B, online: how often the tag `cancel` is looked for, in seconds; 0 = never
+    tensorboard: bool = False  # event files in the run folder
+    csv: bool = False  # metrics.csv beside metrics.jsonl
+
+
+@dataclass
+class ProbeRule:
+    """One product of a layer goes to higher precision while a measure of its probe is out of bounds."""
+
+    match: str  # layers, as in precision.rules
+    gemm: str  # fprop | dgrad | wgrad
+    measure: str  # of the product (sqnr_db, bias, cosine), or of its operand (see lowprec/linear/measure.py)
+    operand: str = "out"  # out = the product; x | w | dy
+    below: float | None = None  # raise when the measure is below this; give this or `above`
+    above: float | None = None  # raise when it is above this
+    back: float | None = None  # lower again when the measure has come back beyond this; null = never
+    patience: int = 1  # probes in a row that must agree, for raising and for lowering
+    to: str = "bf16"  # the recipe of the precision file whose product is used instead
+
+
+@dataclass
+class ProbeConfig:
+    """What is measured inside the run (see :mod:`lowprec.train.probe`)."""
+
+    every: int = 0  # steps; 0 = never
+    layers: str = "*"  # which, as in precision.rules
+    sequences: int = 1  # of the validation data: the side batch
+    tokens: int = 1024  # of the side batch that are kept for each layer; 0 = all
+    window: int = 8  # last steps before a probe in which the weights' motion is followed; 0 = not
+    rules: list[ProbeRule] = field(default_factory=list)
 
 
 @dataclass
@@ -111,6 +142,7 @@ class Run:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -197,11 +229,12 @@ _HARMLESS = ("name", "run", "guard", "parallel", "monitor", "data.cache_dir", "t
 
 def changes(before: Run, now: Run) -> dict[str, tuple[Any, Any]]:
     """Settings that decide a run's result and differ: {"optim.lr": (old, new), ...}. Empty = may be resumed."""
+    harmless = _HARMLESS if before.probe.rules or now.probe.rules else (*_HARMLESS, "probe")
     old, new = _leaves(before), _leaves(now)
     differing = {
         key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
     }
-    return {k: v for k, v in differing.items() if not any(k == h or k.startswith(h + ".") for h in _HARMLESS)}
+    return {k: v for k, v in differing.items() if not any(k == h or k.startswith(h + ".") for h in harmless)}
 
 
 def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -78,6 +78,17 @@ def decode(code: Array, name: str) -> Array:
     return np.where(np.asarray(code).astype(np.int64) & f.sign, -x, x).astype(np.float32)
 
 
+def directed(exact: Array, rounding: str) -> Array:
+    """float64 -> float32 towards zero ("rz"), down ("rm") or up ("rp"); overflow stops at the largest finite number
+    where the direction is away from infinity."""
+    nearest = exact.astype(np.float32)
+    up, down = np.nextafter(nearest, np.float32(np.inf)), np.nextafter(nearest, np.float32(-np.inf))
+    too_low, too_high = nearest < exact, nearest > exact
+    if rounding == "rz":
+        too_low, too_high = too_low & (exact < 0), too_high & (exact > 0)
+    return np.where(too_low & (rounding != "rm"), up, np.where(too_high & (rounding != "rp"), down, nearest))
+
+
 def bf16_bits(x: Array) -> Array:
     """float32 -> bits of bfloat16, nearest even; the common case of `encode`, in three integer operations."""
     u = np.asarray(x, np.float32).view(np.uint32)

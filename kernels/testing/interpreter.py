@@ -13,6 +13,8 @@ What the stock interpreter (3.9.0) gets wrong, and what is done here instead:
 - fp32 -> bf16 truncates, fp32 -> fp8 loses carries and does not saturate, NaN and infinity of fp8 are lost: replaced by
   `floats.encode/decode`, exact, saturating as `cvt...satfinite` does;
 - arithmetic, sums and `tl.dot` of bf16 take bit patterns for integers: done in fp32 and rounded, as the GPU does;
+- a comparison keeps the type of its operands, so that one of two numbers cannot be broadcast: now a boolean;
+- e5m2 -> bf16 of infinity and NaN is as compiled: Triton rebiases the exponent, and they become 65536 and more;
 - int <-> bf16 casts take bit patterns for values; float -> int wraps: now values, saturating (at 16 bits for an 8-bit
   target, whose low half is kept), NaN to 0, as compiled code does;
 - `tl.dot_scaled` reads E4M3 scales as if they were E8M0: decoded;
@@ -70,7 +72,12 @@ def _convert_float(data: np.ndarray, source: tl.dtype, target: tl.dtype, roundin
         return _stock_convert(data, source, target, rounding)
     if rounding == stock._ir.ROUNDING_MODE.RTZ and target == tl.bfloat16 and source == tl.float32:
         return (np.ascontiguousarray(data).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-    out = _from_float(_to_float32(np.asarray(data).view(stock._get_np_dtype(source)), source), target)
+    value = _to_float32(np.asarray(data).view(stock._get_np_dtype(source)), source)
+    if source == tl.float8e5 and target == tl.bfloat16:
+        codes = np.asarray(data).view(np.uint8)
+        beyond = np.copysign(np.float32(1 << 14) * (4 + (codes & 3)), np.where(codes & 0x80, -1, 1))
+        value = np.where((codes & 0x7F) >= 0x7C, beyond.astype(np.float32), value)
+    out = _from_float(value, target)
     return out.view(f"uint{target.primitive_bitwidth}")
 
 
@@ -98,7 +105,9 @@ def _wide_bf16(method: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, *operands: Any) -> Any:
         handles = [h for h in operands if isinstance(h, stock.TensorHandle)]
         if not any(h.dtype.scalar == tl.bfloat16 for h in handles) or operands[-1] in (np.where,):
-            return method(self, *operands)
+            out = method(self, *operands)
+            truth = out.data.dtype == np.bool_ and out.dtype.scalar != tl.int1
+            return stock.TensorHandle(out.data, tl.int1) if truth else out
         wide = [
             stock.TensorHandle(_to_float32(h.data, tl.bfloat16), tl.float32)
             if isinstance(h, stock.TensorHandle) and h.dtype.scalar == tl.bfloat16

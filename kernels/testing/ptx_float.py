@@ -3,7 +3,7 @@
 One rounding, to nearest even, and NaN results in the GPU's canonical pattern (0x7fffffff, 0x7fff).  16-bit formats are
 computed in float32, where one operation rounds harmlessly first (24 >= 2 x 11 + 2 bits); fma is exact (`floats.fma`).
 `max`/`min` prefer the number over a NaN unless `.NaN`, and +0 over -0.  `.ftz` flushes subnormals of operands and
-result.  Directed rounding (.rz .rm .rp) is not known.
+result.  Of directed rounding, `mul.{rz,rm,rp}.f32` is known.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def narrow(value: Array, type_: str) -> Array:
 
 def execute(m: Lanes, s: Statement, mask: Array | None) -> None:
     base, type_ = s.parts[0], s.type
-    if any(r in s.parts for r in ("rz", "rm", "rp")):
+    directed = next((r for r in ("rz", "rm", "rp") if r in s.parts), None)
+    if directed and (base, type_) != ("mul", "f32"):
         raise Fault(f"The rounding of {s.opcode} is unknown to the executor.")
     if any(a in s.parts for a in ("approx", "full")) and base not in ("neg", "abs", "min", "max"):
         m.approximate.add(s.opcode)
@@ -69,7 +70,10 @@ def execute(m: Lanes, s: Statement, mask: Array | None) -> None:
     result = "f32" if len(s.parts) > 2 and s.parts[-2] == "f32" else type_
     if "ftz" in s.parts:
         values = [_flush(v) for v in values]
-    out = _max_min(s, values) if base in ("max", "min") else _compute(base, values, result)
+    if directed:  # the product of two float32 is exact in float64
+        out = floats.directed(values[0].astype(np.float64) * values[1], directed)
+    else:
+        out = _max_min(s, values) if base in ("max", "min") else _compute(base, values, result)
     if "ftz" in s.parts:
         out = _flush(out)
     if "sat" in s.parts:

@@ -23,7 +23,7 @@ _MODIFIERS = {
     base: frozenset(words.split())
     for bases, words in (
         ("add sub", "rn ftz sat cc"),
-        ("mul mad fma", "rn ftz sat relu lo hi wide"),
+        ("mul mad fma", "rn rz rm rp ftz sat relu lo hi wide"),
         ("div rcp sqrt rsqrt ex2 lg2 sin cos tanh", "rn ftz approx full"),
         ("neg abs", "ftz"),
         ("min max", "ftz NaN xorsign abs"),

@@ -32,6 +32,9 @@ unbiased: a value's mean over random bits is the value. (Four-bit formats then l
 scale may lose when it is rounded itself; in blocks 3e-5 (nvfp4) or 1e-9 (int4) of the row's largest, scales are
 subnormal and may lose more.)
 
+On a GPU, where Triton is installed, encode, decode and decode_sum are kernels (:mod:`lowprec.kernels.triton.wire`):
+the same bytes and bits, every payload read once. Rotations other than by 16 to 128 are left to plain torch.
+
 NaN and infinity make every value under their scale decode to NaN (with a tensor scale: the whole row's), visible to
 whoever checks the sum. What this is not: entropy coding or sparsification; sizes do not depend on the data.
 """
@@ -39,8 +42,11 @@ whoever checks the sum. What this is not: entropy coding or sparsification; size
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,12 +128,13 @@ class Codec:
         return scales, codes, codes + (width // 2 if self.format.bits <= 4 else width)
 
     @torch.no_grad()
-    def encode(self, x_RN: Tensor, stream: Stream | None = None, key: str = "") -> Tensor:
+    def encode(self, x_RN: Tensor, stream: Stream | None = None, key: str = "", kernels: bool | None = None) -> Tensor:
         """Rows -> bytes.
 
         Args:
             x_RN: (rows, n), fp32 or bf16, any device.
             stream: random bits of stochastic rounding. key: what they are for; different for every rank.
+            kernels: whether Triton's do it, if they serve; None: for tensors on a GPU, where Triton is installed.
 
         Returns:
             (rows, payload_bytes(n)) uint8.
@@ -150,9 +157,12 @@ class Codec:
         payload_RB = x_RN.new_empty(rows, end, dtype=torch.uint8)
         if not payload_RB.numel():
             return payload_RB
+        random = (stream, key) if self.rounding == "stochastic" and stream else None
+        if fast := self._kernels(x_RN, n, kernels):
+            return fast[0].encode(x_RN, fast[1], random)
         pad = self.width(n) - n
         x_RN = F.pad(x_RN, (0, pad)) if pad else x_RN
-        q = _quantize(x_RN, format, self.rotation, (stream, key) if self.rounding == "stochastic" and stream else None)
+        q = _quantize(x_RN, format, self.rotation, random)
         if q.tensor_scale is not None:
             payload_RB[:, :scales_at] = q.tensor_scale.contiguous().view(torch.uint8)
         payload_RB[:, scales_at:codes_at] = q.scales.view(torch.uint8)
@@ -164,7 +174,9 @@ class Codec:
         return payload_RB
 
     @torch.no_grad()
-    def decode(self, payload_RB: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def decode(
+        self, payload_RB: Tensor, n: int, dtype: torch.dtype = torch.float32, kernels: bool | None = None
+    ) -> Tensor:
         """Bytes (rows, payload_bytes(n)) -> values (rows, n) in ``dtype``: computed in fp32 and rounded once.
 
         Raises:
@@ -173,6 +185,8 @@ class Codec:
         self._check(payload_RB, n)
         if self.format is None:
             return _as(PLAIN[self.name], payload_RB).to(dtype)
+        if fast := self._kernels(payload_RB, n, kernels, dtype):
+            return fast[0].decode(payload_RB, fast[1], dtype)
         out = payload_RB.new_empty(len(payload_RB), self.width(n), dtype=dtype)
         for row, to in zip(payload_RB, out):
             for start, stop in self._pieces(row, n):
@@ -184,7 +198,7 @@ class Codec:
         return out[:, :n].contiguous()
 
     @torch.no_grad()
-    def decode_sum(self, payload_RB: Tensor, n: int) -> Tensor:
+    def decode_sum(self, payload_RB: Tensor, n: int, kernels: bool | None = None) -> Tensor:
         """The sum of the rows, (n,) fp32, added in the order of the rows; what a reduce-scatter ends with.
 
         A rotation is undone once, after the sum.
@@ -192,6 +206,8 @@ class Codec:
         self._check(payload_RB, n)
         if not len(payload_RB):
             raise ValueError("there is no row to sum; a group has at least one rank")
+        if fast := self._kernels(payload_RB, n, kernels):
+            return fast[0].decode(payload_RB, fast[1], sum_rows=True)
         out = payload_RB.new_empty(self.width(n), dtype=torch.float32)
         for start, stop in self._pieces(payload_RB, n):
             total = self._values(payload_RB[0], n, start, stop, out[start:stop])
@@ -200,6 +216,19 @@ class Codec:
             if self.rotation:
                 total.copy_(self._unrotate(total))
         return out[:n]
+
+    def _kernels(
+        self, rows: Tensor, n: int, wanted: bool | None, dtype: torch.dtype = torch.float32
+    ) -> tuple[ModuleType, Any] | None:
+        """Triton's kernels, and a row of n values as they see it, where they are wanted and serve."""
+        if wanted is None:
+            wanted = rows.device.type == "cuda" and _has_triton()
+        if not wanted or not rows.numel() or len(rows) > 65535:  # which is CUDA's limit of programs
+            return None
+        from lowprec.kernels.triton import wire
+
+        row = wire.Row(self.format or PLAIN[self.name], self.rotation, n, self.width(n), *self._layout(n))
+        return None if wire.refuse(row, dtype) else (wire, row)
 
     def _check(self, payload_RB: Tensor, n: int) -> None:
         if payload_RB.dtype != torch.uint8 or payload_RB.dim() != 2 or payload_RB.shape[1] != self.payload_bytes(n):
@@ -241,6 +270,11 @@ CODECS: dict[str, Codec] = {name: Codec(name) for name in (*PLAIN, *QUANTIZED)}
 """Every codec by its name, without rotation, to nearest."""
 
 _STORED = {"fp32": torch.float32, "e4m3": torch.float8_e4m3fn, "ue5m3": torch.uint8}
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _as(dtype: torch.dtype, bytes_: Tensor) -> Tensor:

@@ -1,15 +1,20 @@
 """Backends: who computes a product, and why not the others.
 
-Five answers exist, tried in this order under ``backend: auto``:
+Nine answers exist. Under ``backend: auto`` those that serve the tensors' device are asked in this order:
 
 ``native``        both operands unquantised: one ``a @ b.T`` in the tensors' dtype, what ``nn.Linear`` does.
-``cpu``           C++ (``kernels/cpu``): FP4 and integers on int8 VNNI, equal to the oracle; FP8, MX in bf16, within its
-                  bound.
-``cpu_portable``  C++ for any CPU quantises, torch multiplies, in bf16 where that is exact.
+``scaled_mm``     CUDA: Triton quantises, ``torch.nn.functional.scaled_mm`` (cuBLASLt) multiplies; within its bound.
+``triton``        CUDA: Triton quantises and multiplies what the library does not; within its bound.
+``cpu``           CPU: C++ (``kernels/cpu``): FP4 and integers on int8 VNNI, equal to the oracle; FP8, MX in bf16,
+                  within its bound.
+``cpu_portable``  CPU: C++ for any CPU quantises, torch multiplies, in bf16 where that is exact.
 ``torch``         quantises exactly as the oracle, then one fp32 product: any device, any recipe.
 ``oracle``        the definition, block by block (:mod:`lowprec.linear.oracle`): slow, for tests and for bisecting.
+``te``            only if named: TransformerEngine on CUDA, whose codes are not in all cases the definition's.
 
-A backend that cannot serve a product says so in words; the plan prints those words.
+All but ``te`` quantise bit for bit as the oracle does; before a run trains, :mod:`lowprec.linear.verify` holds each of
+them to it. A backend that cannot serve a product says so in words; the plan prints those words. A backend is imported,
+and with it Triton, a compiler or TransformerEngine, when it is first asked.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lowprec.linear import oracle
-from lowprec.linear.recipe import GEMM_OPERANDS, Gemm
+from lowprec.linear.recipe import GEMM_OPERANDS, Gemm, LinearRecipe
 from lowprec.numerics import Format, QTensor, Stream, Window, rotate
 
 Side = Literal["a", "b"]
@@ -180,6 +185,34 @@ def _portable() -> Backend:
     return PortableBackend()
 
 
+@lru_cache(maxsize=1)
+def _scaled_mm() -> Backend:
+    from lowprec.kernels.scaled_mm import ScaledMM
+
+    return ScaledMM()
+
+
+@lru_cache(maxsize=1)
+def _triton() -> Backend:
+    from lowprec.kernels.triton_backend import TritonBackend
+
+    return TritonBackend()
+
+
+@lru_cache(maxsize=1)
+def _te() -> Backend:
+    from lowprec.kernels.te import TeBackend
+
+    return TeBackend()
+
+
+def te_says(recipe: LinearRecipe) -> str:
+    """Whether TransformerEngine can express a recipe, as which of its own, or why not; imports nothing of it."""
+    from lowprec.kernels.te_recipe import describe
+
+    return describe(recipe)
+
+
 def rotator(wanted: str, device: torch.device) -> Callable[[Tensor, int, Tensor | None, bool], Tensor]:
     """Who rotates matrices around the products: :func:`lowprec.numerics.rotate`, or C++ that equals it bit for bit."""
     if wanted in ("auto", "cpu") and device.type == "cpu":
@@ -199,14 +232,19 @@ def quantized(wanted: str, x: Tensor, format: Format, amax: Tensor | None) -> QT
     return format.quantize(x, amax=amax)
 
 
-ORDER = ("native", "cpu", "cpu_portable", "torch", "oracle")
-CHOICES = ("auto", *ORDER[1:])
+ORDER = ("native", "scaled_mm", "triton", "cpu", "cpu_portable", "torch", "oracle")
+CHOICES = ("auto", *ORDER[1:], "te")
+DEVICES = {"scaled_mm": "cuda", "triton": "cuda", "cpu": "cpu", "cpu_portable": "cpu"}
+"""Who is asked under ``auto`` only for tensors on such a device."""
 
 
 def backend(name: str) -> Backend:
     """The backend of that name."""
     makers: dict[str, Callable[[], Backend]] = {
         "native": Native,
+        "scaled_mm": _scaled_mm,
+        "triton": _triton,
+        "te": _te,
         "cpu": _cpu,
         "cpu_portable": _portable,
         "torch": Torch,
@@ -236,7 +274,8 @@ def choose(
     if wanted not in CHOICES:
         raise ValueError(f"unknown backend '{wanted}'; choose one of {', '.join(CHOICES)}")
     refusals: list[str] = []
-    for name in ORDER if wanted == "auto" else ("native", wanted):
+    served = [name for name in ORDER if DEVICES.get(name, device.type) == device.type]
+    for name in served if wanted == "auto" else ("native", wanted):
         candidate = backend(name)
         reason = candidate.refuses(gemm, role, m, n, k, dtype, device)
         if reason is None:

@@ -22,7 +22,7 @@ from torch import nn
 
 from lowprec.linear import state
 from lowprec.linear.attention import AttentionCore, apply_attention
-from lowprec.linear.backends import choose
+from lowprec.linear.backends import choose, te_says
 from lowprec.linear.call import TILE, Policy, padded_sizes
 from lowprec.linear.cut import cut_refusal, refused
 from lowprec.linear.module import QuantizedLinear
@@ -77,13 +77,18 @@ def compile_pattern(pattern: str, names: list[str]) -> re.Pattern[str]:
 
 @dataclass
 class Plan:
-    """The decided precision of a whole model. Build with :meth:`of`, then :meth:`apply`."""
+    """The decided precision of a whole model. Build with :meth:`of`, then :meth:`apply`.
+
+    ``raised`` holds products that a controller has taken out of the plan: (layer, product) -> (recipe whose product is
+    used instead, number of the rule that did it).
+    """
 
     precision: Precision
     entries: tuple[Entry, ...]
     clock: Clock
     policy: Policy
     layers: dict[str, QuantizedLinear] = field(default_factory=dict)
+    raised: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
     cores: dict[str, AttentionCore] = field(default_factory=dict)
 
     @classmethod
@@ -126,6 +131,8 @@ class Plan:
                 raise ValueError(
                     f'rule {{match: "{rule.match}", recipe: {rule.recipe}}} decides no layer: {why}; change it'
                 )
+        if precision.backend == "te":
+            _refuse_te(precision, dict.fromkeys(entry.recipe for entry in entries))
         policy = Policy(precision.backend, precision.pad, precision.save)
         return cls(precision, tuple(entries), Clock(seed), policy)
 
@@ -141,10 +148,17 @@ class Plan:
 
     def at(self, progress_frac: float) -> None:
         """Give every layer its recipe for this training progress: 0 at the first step, below 1 at the last."""
+        recipes = self.recipes_at(progress_frac)
+        for (name, gemm), (to, _) in self.raised.items():
+            product = getattr(self.precision.linear[to], gemm)
+            recipes[name] = dataclasses.replace(recipes[name], **{gemm: product})
+        for name, layer in self.layers.items():
+            layer.recipe = recipes[name]
+
+    def recipes_at(self, progress_frac: float) -> dict[str, LinearRecipe]:
+        """The recipe of every layer at this training progress, as planned: whatever is raised."""
         recipes = self.precision.at(progress_frac)
-        for entry in self.entries:
-            if entry.layer in self.layers:
-                self.layers[entry.layer].recipe = recipes[entry.recipe]
+        return {entry.layer: recipes[entry.recipe] for entry in self.entries}
 
     def keep(self, names: Iterable[str]) -> None:
         """Let go of the layers that are not named, and of attention cores without any: a pipeline stage has but some.
@@ -223,6 +237,7 @@ class Plan:
             + repr(schedule)
             + p.pad
             + repr((p.deoscillation, p.attention))
+            + (repr(sorted(self.raised.items())) if self.raised else "")
         )
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -257,6 +272,10 @@ class Plan:
             lines += ["", "attention", *("  " + line for line in self.precision.attention.describe().splitlines())]
         if self.precision.deoscillation:
             lines += ["", f"{self.precision.deoscillation}"]
+        if self.precision.backend == "te" or torch.device(device).type == "cuda":
+            for name in dict.fromkeys(entry.recipe for entry in self.entries):
+                if self.precision.linear[name].quantized:
+                    remarks[f"note: te (backend: te), recipe {name}: {te_says(self.precision.linear[name])}"] = None
         lines += ["", *remarks, f"plan {self.fingerprint()}, {len(self.entries)} linear layers"]
         return "\n".join(lines)
 
@@ -298,6 +317,14 @@ class Plan:
                 remarks.update({f"note: {chosen.name} computes instead of {why}": None for why in refusals})
             names.append(chosen.name)
         return names[0] if len(set(names)) == 1 else "/".join(names)
+
+
+def _refuse_te(precision: Precision, names: Iterable[str]) -> None:
+    """Raise if TransformerEngine cannot express a recipe that is, or will be, in force."""
+    for name in names:
+        for recipe in precision.versions(name):
+            if recipe.quantized and (said := te_says(recipe)).startswith("refuses"):
+                raise ValueError(f"recipe {name}: backend 'te' {said}; use backend 'auto'")
 
 
 def _sample(names: list[str]) -> str:

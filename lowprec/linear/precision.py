@@ -15,7 +15,8 @@ A file names formats, linear recipes, the rules that give each layer one, and wh
       - {match: "layers.*", recipe: nvfp4}
     schedule:                                      # by training progress, 0 to 1
       - {from: 0.82, set: {nvfp4.fprop: bf16}}
-    backend: auto                                  # auto | cpu | torch | oracle
+    backend: auto                                  # auto, or one of lowprec.linear.backends by name
+    verify: true                                   # hold each backend to the oracle before training
     pad: zero                                      # sizes that no block divides: zero | refuse
     save: inputs                                   # what the backward keeps of x: inputs | codes
     attention: {qk: {q: int8_row, k: int8_row}}    # optional: see lowprec.linear.attention
@@ -47,7 +48,7 @@ from lowprec.numerics import FORMATS
 RECIPES_FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "precision"
 PADS = ("zero", "refuse")
 SAVES = ("inputs", "codes")
-KEYS = ("formats", "linear", "rules", "schedule", "attention", "backend", "pad", "save", "deoscillation")
+KEYS = ("formats", "linear", "rules", "schedule", "attention", "backend", "verify", "pad", "save", "deoscillation")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Precision:
     save: str = "inputs"
     deoscillation: Deoscillation | None = None
     attention: AttentionRecipe | None = None
+    verify: bool = True
 
     def versions(self, name: str) -> list[LinearRecipe]:
         """All that the recipe of that name is in the course of training, the first first."""
@@ -133,7 +135,7 @@ def load_precision(source: str | Path | Mapping[str, Any]) -> Precision:
     Raises:
         ValueError: one sentence that names the wrong key, name or value and lists what is valid.
     """
-    node = source if isinstance(source, Mapping) else _read(source)
+    node = source if isinstance(source, Mapping) else read_file(source)
     fields = mapping(node, KEYS, "precision", ("rules",))
     formats = dict(FORMATS)
     for name, spec in (fields.get("formats") or {}).items():
@@ -159,7 +161,16 @@ def load_precision(source: str | Path | Mapping[str, Any]) -> Precision:
         pick("save", fields.get("save", "inputs"), SAVES, "precision.save"),
         _deoscillation(fields.get("deoscillation")),
         attention_recipe(fields.get("attention"), formats),
+        _verify(fields.get("verify", True)),
     )
+
+
+def _verify(node: object) -> bool:
+    if not isinstance(node, bool):
+        raise ValueError(
+            f"precision.verify: expected true or false (whether backends are checked before training), got {node!r}"
+        )
+    return node
 
 
 def _deoscillation(node: object) -> Deoscillation | None:
@@ -170,7 +181,8 @@ def _deoscillation(node: object) -> Deoscillation | None:
         return Deoscillation(**mapping(node, keys, "deoscillation"))
 
 
-def _read(source: str | Path) -> Mapping[str, Any]:
+def read_file(source: str | Path) -> Mapping[str, Any]:
+    """The mapping in a shipped precision file (by name) or in a YAML file (by path). Raises ValueError."""
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         shipped = sorted(p.stem for p in RECIPES_FOLDER.glob("*.yaml"))

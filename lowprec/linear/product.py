@@ -134,14 +134,23 @@ def keep_refusal(recipe: LinearRecipe) -> str | None:
 
 
 def kept_bytes_per_token(
-    recipe: LinearRecipe, out_features: int, in_features: int, dtype: torch.dtype, policy: Policy
+    recipe: LinearRecipe,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    policy: Policy,
+    device: torch.device | None = None,
 ) -> float:
-    """What a layer keeps of x for the backward, as the chosen backend stores it; found by preparing 128 tokens."""
+    """What a layer keeps of x for the backward, as the chosen backend stores it; found by preparing 128 tokens.
+
+    ``device``: where it trains; None: on the GPU if this machine has one.
+    """
     inputs = in_features * dtype.itemsize
     if policy.save == "inputs" or not recipe.quantized:
         return inputs
     call = Call(recipe, Stream(), dataclasses.replace(policy, shared=Shared()))
-    kept = keep(torch.zeros(128, in_features, dtype=dtype), out_features, call)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kept = keep(torch.zeros(128, in_features, dtype=dtype, device=device), out_features, call)
     return inputs if kept is None else kept.prepared.nbytes / 128
 
 

@@ -22,6 +22,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
+from .adamw_bf16 import AdamWBf16
+
 ALLOWED = (
     "torch.optim.",
     "torchao.optim.",
@@ -62,15 +64,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     Groups: matrices with weight decay, then everything else with none; an empty group is left out. torch's fused
     kernel is used where the class offers one, unless kwargs names fused or foreach. Raises ValueError, in one
     sentence, for a target outside ALLOWED, not installed or not an optimizer, for arguments it does not know, and for
-    parameters that are not fp32.
+    parameters that are not fp32 (AdamWBf16: nor bf16).
     """
     cls = _resolve(config._target_)
-    decay, rest = split_parameters(model, config.decay_embeddings)
-    groups = [
+    decay, rest = split_parameters(model, config.decay_embeddings, getattr(cls, "parameter_dtypes", (torch.float32,)))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups: list[dict[str, Any]] = [
         {"params": params, "weight_decay": weight_decay}
         for params, weight_decay in ((decay, config.weight_decay), (rest, 0.0))
         if params
     ]
+    if issubclass(cls, AdamWBf16):  # whose random bits are keyed by name
+        groups = [group | {"params": [(names[p], p) for p in group["params"]]} for group in groups]
     arguments: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.betas is not None:
         arguments["betas"] = tuple(config.betas)
@@ -92,18 +97,23 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         raise ValueError(f"{config._target_} refused its arguments {sorted(arguments)}: {error}.") from error
 
 
-def split_parameters(model: nn.Module, decay_embeddings: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(decayed, not decayed) trainable parameters of the model, each once, in the model's order."""
+def split_parameters(
+    model: nn.Module, decay_embeddings: bool, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(decayed, not decayed) trainable parameters of the model, each once, in the model's order.
+
+    Raises ValueError for a parameter of none of `dtypes`.
+    """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.dtype != torch.float32:
+        if parameter.dtype not in dtypes:
             raise ValueError(
                 f"Parameter {name} is {parameter.dtype}: the optimizer needs fp32 master weights, so build the model "
-                "in fp32 and let the precision plan cast."
+                "in fp32 and let the precision plan cast (or keep bf16 weights alone, with lowprec.optim.AdamWBf16)."
             )
         is_decayed = parameter.ndim >= 2 and (decay_embeddings or id(parameter) not in embeddings)
         (decay if is_decayed else rest).append(parameter)

@@ -6,7 +6,8 @@
     facts.json      sizes, tokens and formats in plain numbers (train/facts.py)
     data.json       fingerprint of tokenizer and text
     metrics.jsonl   the record (train/metrics.py)
-    events.jsonl    what the guard decided, one line a decision
+    probes.jsonl    what was measured inside the run, one line a probe (train/probe.py)
+    events.jsonl    what the guard and the precision controller decided, one line a decision
     checkpoints/    one folder per step (train/checkpoint.py)
 
 A folder belongs to one run. Started again with settings that would have given other numbers, the command is refused.
@@ -38,6 +39,10 @@ class Folder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def probes(self) -> Path:
+        return self.path / "probes.jsonl"
 
     @property
     def events(self) -> Path:
@@ -108,7 +113,7 @@ def refuse_other_data(folder: Folder, world: World, fingerprint: dict[str, Any],
 def _same_past(before: Run, now: Run, steps_done: int) -> bool:
     a, b = before.train.steps, now.train.steps
     precision = load_precision(now.precision)
-    switches = [change.start for change in precision.schedule]
+    switches = [change.start for change in precision.schedule] + [phase.start for phase in now.data.phases]
     rest = precision.deoscillation
     return steps_done <= min(a, b) and all(
         learning_rate(step, a, now.schedule, now.optim.lr) == learning_rate(step, b, now.schedule, now.optim.lr)

@@ -25,7 +25,7 @@ from lowprec.optim import learning_rate
 from lowprec.train.checkpoint import UNSAVED
 from lowprec.train.evaluate import validation_losses
 from lowprec.train.guard import Diverged, Verdict
-from lowprec.train.metrics import MetricsLog, Record, peak_memory_bytes
+from lowprec.train.metrics import MetricsLog, Record, Utilisation, hardware_of, peak_memory_bytes
 from lowprec.train.session import Session
 from lowprec.train.signals import DIVERGED, REQUEUE, Stop
 from lowprec.train.tracker import Tracker
@@ -37,6 +37,8 @@ def train(session: Session, stop: Stop) -> int:
     run, t, state, folder, out = session.run, session.run.train, session.state, session.folder, session.narrator
     with ExitStack() as resources:
         metrics = resources.enter_context(MetricsLog(folder.metrics, state.step)) if session.world.is_first else None
+        if metrics and run.probe.every:
+            session.watch.log = resources.enter_context(MetricsLog(folder.probes, state.step))
         tracker = Tracker(
             run.monitor,
             run.name,
@@ -45,6 +47,7 @@ def train(session: Session, stop: Stop) -> int:
             to_dict(run) | {"facts": session.facts},
             out.say,
             session.world.is_first,
+            state.step,
         )
         resources.callback(tracker.finish, 1)  # if an exception ends the run; the first call to finish counts
         resources.enter_context(out.progress(state.step))
@@ -55,6 +58,7 @@ def train(session: Session, stop: Stop) -> int:
         except Diverged as error:
             out.say(str(error))
             session.checkpoints.finish()
+            tracker.alert("diverged", str(error))
             tracker.finish(DIVERGED)
             return DIVERGED
         unsaved = session.checkpoints.finish()  # not after the loss of a rank, for which it would wait
@@ -62,10 +66,12 @@ def train(session: Session, stop: Stop) -> int:
             out.say(f"{unsaved}: what came after the newest checkpoint is lost; see to that and start again")
             tracker.finish(UNSAVED)
             return UNSAVED
+        tracker.saved()
         if state.step < t.steps:
             out.say(f"{reason}: stopped after step {state.step} of {t.steps}; the same command goes on from here")
-            tracker.finish(REQUEUE)
-            return REQUEUE
+            code = 0 if stop.cancelled else REQUEUE
+            tracker.finish(code)
+            return code
         if t.sample_tokens:
             out.say(sample(session))
         out.say(f"finished {t.steps} steps, {state.tokens} tokens: {folder.path}")
@@ -78,14 +84,20 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
     run, t, state, world, out = session.run, session.run.train, session.state, session.world, session.narrator
     guard, watch, fingerprint = state.guard, Stopwatch(), session.plan.fingerprint()
     parameters = count_parameters(run.model)["total"]
+    tokens = t.global_batch * run.data.seq_len
+    use = Utilisation(session.plan, run.model, run.data.seq_len, tokens, world.size, hardware_of(world.device))
     reason = stop.poll(world)
     while state.step < t.steps and reason is None:
         done = train_step(session)
         watch.lap(done.data_s)
+        use.lap((state.step - 1) / t.steps)
         if done.verdict.what:
-            report(session, done, metrics)
+            what = report(session, done, metrics)
+            if done.verdict.action is not GuardAction.keep:
+                tracker.alert(done.verdict.action.name, what)
         if done.verdict.action is GuardAction.rollback:
             roll_back(session, metrics)
+            tracker.rewind(state.step)
             continue
         is_last = state.step == t.steps
 
@@ -95,7 +107,13 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
             with watch.paused():
                 validation = validation_losses(session, stop)
 
-        if is_last or validation or done.reset or state.step % t.log_every == 0:
+        with watch.paused():
+            probed = session.watch.look(state.step, state.tokens, session.high_precision)
+        for event in probed.pop("events", []):
+            tracker.alert("precision", note(session, event, metrics))
+            fingerprint = session.plan.fingerprint()
+
+        if is_last or validation or probed or done.reset or state.step % t.log_every == 0:
             guard.check()
             record: Record = {
                 "step": state.step,
@@ -104,17 +122,23 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
                 "lr": done.lr,
                 "grad_norm": number(done.grad_norm),
             }
-            record |= watch.record(t.global_batch * run.data.seq_len)
+            record |= watch.record(tokens)
+            record |= use.record(record["step_s"])
             record |= {"mem_bytes": peak_memory_bytes(world.device), "plan": fingerprint}
             if world.size > 1 and state.engine.transport is not None:
                 sent = sum(done.wire_bytes.values())
                 record |= {"wire_bytes": done.wire_bytes, "wire_bytes_per_param": sent / parameters}
-            record |= guard.record() | done.reset | validation
+            record |= guard.record() | done.reset | validation | probed
             if metrics:
                 metrics.write(record)
                 out.step(record)
                 tracker.log(record)
+                if probed:
+                    with watch.paused():
+                        tracker.probe(session.watch.newest)
 
+        if tracker.cancelled:
+            stop.cancel()
         reason = stop.poll(world)
         if is_last or reason or (t.checkpoint_every and state.step % t.checkpoint_every == 0):
             guard.check()
@@ -122,6 +146,7 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
                 metrics.sync()
             with watch.paused():
                 session.checkpoints.save(state)
+                tracker.saved()
     return reason
 
 
@@ -161,10 +186,12 @@ def train_step(session: Session) -> Done:
     verdict = state.guard.judge(state.step + 1, loss, grad_norm)
     lr = learning_rate(state.step, t.steps, run.schedule, run.optim.lr)
     state.oscillation.before_update(state.step)
+    session.watch.before_update(state.step)
     if verdict.updates:
         state.engine.update(lr)
     else:
         state.engine.drop_gradients()
+    session.watch.after_update(state.step)
     accept = torch.isfinite(loss) & torch.isfinite(grad_norm) & verdict.updates
     plan.end_step(state.step, accept, session.world.stage)
     reset = state.oscillation.after_update(state.step)
@@ -175,16 +202,32 @@ def train_step(session: Session) -> Done:
     return Done(loss, grad_norm, verdict, lr, data_s, reset, state.engine.wire_bytes())
 
 
-def report(session: Session, done: Done, metrics: MetricsLog | None) -> None:
+def report(session: Session, done: Done, metrics: MetricsLog | None) -> str:
     """Says what the guard decided, and writes it to events.jsonl."""
     state, verdict = session.state, done.verdict
     loss, norm, action = done.loss.item(), done.grad_norm.item(), verdict.action.name
-    session.narrator.say(f"step {state.step}: {verdict.what} (loss {loss:.4g}, gradient norm {norm:.4g}): {action}")
+    sentence = f"step {state.step}: {verdict.what} (loss {loss:.4g}, gradient norm {norm:.4g}): {action}"
+    session.narrator.say(sentence)
     if metrics:
         event = {"step": state.step, "what": verdict.what, "action": action, "loss": f"{loss:g}",
                  "grad_norm": f"{norm:g}", "attempt": metrics.attempt} | state.guard.counts  # fmt: skip
-        with session.folder.events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        keep(session, event)
+    return sentence
+
+
+def note(session: Session, event: Record, metrics: MetricsLog | None) -> str:
+    """Says what the controller decided, and writes it to events.jsonl."""
+    sentence = f"step {event['step']}: {event['what']}: {event['action']} from here on"
+    session.narrator.say(sentence)
+    if metrics:
+        keep(session, event | {"attempt": metrics.attempt})
+    return sentence
+
+
+def keep(session: Session, event: Record) -> None:
+    """One line of events.jsonl."""
+    with session.folder.events.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
 
 
 def roll_back(session: Session, metrics: MetricsLog | None) -> None:
@@ -205,6 +248,7 @@ def roll_back(session: Session, metrics: MetricsLog | None) -> None:
     state.guard.counts = counts
     if metrics:
         metrics.rewind(state.step)
+    session.watch.rewind(state.step)
     session.narrator.say(f"back to step {state.step}; the data of {passed} steps is passed over")
 
 

@@ -16,6 +16,7 @@ import torch
 from lowprec.config import ComputeDtype, Run
 from lowprec.data import Data, Loader, build_data
 from lowprec.linear import Plan, load_precision
+from lowprec.linear.verify import verify
 from lowprec.model import Transformer, build
 from lowprec.optim import build_optimizer, phases
 from lowprec.parallel import EngineKind, World, parallelize
@@ -23,6 +24,8 @@ from lowprec.parallel.account import account
 from lowprec.parallel.auto import propose, this_machine
 from lowprec.parallel.job import job_of, uncuttable
 from lowprec.parallel.layout import Job, Layout
+from lowprec.parallel.tensor import refuse_scan
+from lowprec.train import probe
 from lowprec.train.checkpoint import Checkpoints, committed
 from lowprec.train.console import Narrator
 from lowprec.train.facts import Facts, facts_of
@@ -30,6 +33,7 @@ from lowprec.train.folder import Folder, open_folder, refuse_other_data
 from lowprec.train.guard import Guard
 from lowprec.train.oscillation import Oscillation, refuse
 from lowprec.train.state import TrainState
+from lowprec.train.watch import Watch
 
 DTYPES = {ComputeDtype.bf16: torch.bfloat16, ComputeDtype.fp32: torch.float32}
 
@@ -47,6 +51,7 @@ class Session:
     checkpoints: Checkpoints
     narrator: Narrator
     facts: Facts
+    watch: Watch
 
     @contextmanager
     def high_precision(self, on: bool = True) -> Iterator[None]:
@@ -63,6 +68,7 @@ class Session:
 def check(run: Run) -> None:
     """Raises ValueError for settings that would only fail once data is read or the model built."""
     run.data.check()
+    probe.refuse(run)
     phases(run.train.steps, run.schedule)
     build_optimizer(torch.nn.Linear(1, 1), run.optim)
 
@@ -100,6 +106,7 @@ def laid_out(run: Run, plan: Plan, ranks: int) -> tuple[Run, str]:
     The same on every rank. Raises ValueError if no layout fits, or if a recipe cannot be cut like this.
     """
     if not run.parallel.auto:
+        refuse_scan(run.model, run.parallel.tp, run.parallel.cp)
         why = uncuttable(plan, run.data.seq_len)(Layout.of(run.parallel, ranks))
         if why:
             raise ValueError(why)
@@ -135,11 +142,13 @@ def open_session(run: Run, world: World) -> Session | None:
     model, plan = plan_model(run)
     make_optimizer = partial(build_optimizer, config=run.optim)
     engine = parallelize(model, plan, world, run.parallel, run.comm, DTYPES[t.dtype], make_optimizer)
-    loader = Loader(
-        data.train, run.data.seq_len, t.global_batch, t.micro_batch, *world.data, run.seed, steps=t.steps
-    )
+    tokens, checked = t.micro_batch * run.data.seq_len, ""
+    if plan.precision.verify:
+        checked = verify(plan, tokens, DTYPES[t.dtype], world.device, world.control)
+    loader = Loader(data.train, run.data.seq_len, t.global_batch, t.micro_batch, *world.data, run.seed, steps=t.steps)
     oscillation = Oscillation(plan, t.steps, DTYPES[t.dtype], world.stage)
-    state = TrainState(engine, loader, plan, oscillation, Guard(run.guard, world.device))
+    watch = Watch.of(run, plan, engine, world, data.validation, DTYPES[t.dtype])
+    state = TrainState(engine, loader, plan, oscillation, Guard(run.guard, world.device), watch.controller)
     checkpoints = Checkpoints(folder.checkpoints, world, t.keep_last, t.keep_every, t.checkpoint_async, narrator.say)
     checkpoints.clean()
     if done:
@@ -148,7 +157,7 @@ def open_session(run: Run, world: World) -> Session | None:
     else:
         engine.init_weights(run.seed)
 
-    table = plan.table(t.micro_batch * run.data.seq_len, DTYPES[t.dtype], world.device)
+    table = plan.table(tokens, DTYPES[t.dtype], world.device)
     table = "\n".join([table, *engine.remarks])
     if world.size > 1 and run.parallel.engine is EngineKind.fsdp:
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
@@ -159,9 +168,11 @@ def open_session(run: Run, world: World) -> Session | None:
         folder.keep("plan.txt", table + "\n")
         keep_facts(folder, facts)
     narrator.say(table)
+    if checked:
+        narrator.say(checked)
     begins = f"resumes after step {state.step}" if done else "starts"
     narrator.say(f"{begins}, {t.steps} steps, {world.size} x {world.device.type}: {folder.path}")
-    return Session(run, world, plan, data, state, folder, checkpoints, narrator, facts)
+    return Session(run, world, plan, data, state, folder, checkpoints, narrator, facts, watch)
 
 
 def keep_facts(folder: Folder, facts: Facts) -> None:

@@ -1,10 +1,10 @@
 """TrainState: all that a run must remember to go on as if it had never stopped.
 
 Weights, optimizer moments, what the layers' recipes remember (amax histories and the like; most remember nothing), the
-open window of de-oscillation if there is one, what the guard has seen, and some bookkeeping: the step, the tokens, and
-where the loader stands. There is no random state to keep: every random bit is a function of (seed, step, micro-batch,
-layer, role). There is no schedule state: learning rate and precision are functions of the step. The W&B run id lives in
-the run folder.
+open window of de-oscillation if there is one, what the guard has seen, what the controller has raised, and some
+bookkeeping: the step, the tokens, and where the loader stands. There is no random state to keep: every random bit is a
+function of (seed, step, micro-batch, layer, role). There is no schedule state: learning rate and precision are
+functions of the step. The W&B run id lives in the run folder.
 
 Keys in a checkpoint: ``model.<name>``, ``optim...``, ``progress``, ``guard/<key>`` and ``precision/<layer>/<key>``
 (replicated), ``oscillation/<layer>/<key>`` (sharded like the weight) and ``comm/<rank>/<key>`` (a rank's own).
@@ -19,6 +19,7 @@ import torch
 from lowprec.data import Loader
 from lowprec.linear import Plan
 from lowprec.parallel import Engine
+from lowprec.train.controller import Controller
 from lowprec.train.guard import Guard
 from lowprec.train.oscillation import Oscillation
 
@@ -35,6 +36,7 @@ class TrainState:
     plan: Plan
     oscillation: Oscillation
     guard: Guard
+    controller: Controller
     step: int = 0  # optimizer steps done
     tokens: int = 0  # tokens consumed
 
@@ -42,7 +44,7 @@ class TrainState:
         """{"model": ..., "optim": ..., "progress": JSON text}, the first two by parameter name, and OPTIONAL keys."""
         guard = self.guard.state_dict()
         progress = {"step": self.step, "tokens": self.tokens, "loader": self.loader.state_dict()}
-        progress["guard"] = guard["counts"]
+        progress["guard"], progress["controller"] = guard["counts"], self.controller.state_dict()
         state: dict[str, Any] = self.engine.state_dict() | {"progress": json.dumps(progress)}
         state |= {f"precision/{key}": tensor for key, tensor in self.plan.state_dict().items()}
         if self.engine.transport is not None:
@@ -61,6 +63,7 @@ class TrainState:
             self.engine.transport.load_state_dict(_under("comm/", state_dict))
         tensors = self.guard.state_dict()["tensors"] | _under("guard/", state_dict)
         self.guard.load_state_dict({"tensors": tensors, "counts": progress.get("guard", {})})
+        self.controller.load_state_dict(progress.get("controller", {}))
         self.plan.load_state_dict(self.plan.state_dict() | _under("precision/", state_dict))
         self.oscillation.load_state_dict(_under("oscillation/", state_dict))
 

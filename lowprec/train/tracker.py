@@ -1,11 +1,6 @@
-"""Weights & Biases as a second view of metrics.jsonl: the same numbers under the same names.
+"""The tracker: tells every sink of a run (see :mod:`lowprec.train.sinks`) what happens, and survives all of them.
 
-- The run id comes from the run folder, so a restarted run is the same W&B run (`resume="allow"`). W&B is never asked
-  what was done before: offline it does not know.
-- Every chart is over `tokens` (`define_metric`). No `step=` is passed: W&B drops steps below the last one it saw,
-  which is just what a run that resumes from a checkpoint sends.
-- The configuration is uploaded. Source code, git remotes, the console and the environment are not.
-- If W&B fails, that is said once and training goes on: the record is metrics.jsonl.
+A sink that fails is dropped, which is said once, and training goes on: the record is metrics.jsonl.
 """
 
 from collections.abc import Callable
@@ -14,10 +9,11 @@ from typing import Any
 
 from lowprec.config import MonitorConfig, WandbMode
 from lowprec.train.metrics import Record
+from lowprec.train.sinks import Csv, Sink
 
 
 class Tracker:
-    """Does nothing (and does not import wandb) when disabled or on ranks other than the first."""
+    """Does nothing (and imports no sink) where none is asked for, and on ranks other than the first."""
 
     def __init__(
         self,
@@ -28,40 +24,77 @@ class Tracker:
         settings: dict[str, Any],
         say: Callable[[str], None],
         active: bool,
+        step: int = 0,
     ) -> None:
-        self._say, self._run = say, None
-        if not active or config.wandb is WandbMode.disabled:
+        """settings: the configuration and the facts. step: steps done before this start."""
+        self._say, self._sinks = say, list[Sink]()
+        if not active:
             return
-        try:
-            import wandb
-
-            quiet = wandb.Settings(console="off", disable_git=True, disable_code=True, silent=True, init_timeout=60)
-            self._run = wandb.init(
-                project=config.project, entity=config.entity, group=config.group, tags=config.tags or None, name=name,
-                id=run_id, resume="allow", mode=config.wandb.value, dir=str(folder), config=settings, settings=quiet,
-            )  # fmt: skip
-            self._run.define_metric("tokens")
-            self._run.define_metric("*", step_metric="tokens")
-        except Exception as error:
-            self._give_up(error)
+        if config.wandb is not WandbMode.disabled:
+            self._open("W&B", lambda: _wandb(config, name, run_id, folder, settings))
+        if config.tensorboard:
+            self._open("TensorBoard", lambda: _tensorboard(folder, step))
+        if config.csv:
+            self._open(Csv.name, lambda: Csv(folder))
 
     def log(self, record: Record) -> None:
-        if self._run is not None:
-            try:
-                self._run.log(record)
-            except Exception as error:
-                self._give_up(error)
+        """A line of metrics.jsonl."""
+        self._tell(lambda sink: sink.log(record))
+
+    def probe(self, line: Record) -> None:
+        """A line of probes.jsonl."""
+        self._tell(lambda sink: sink.probe(line))
+
+    def alert(self, title: str, text: str) -> None:
+        """What a person should see. title: one word or two, the same for all events of a kind."""
+        self._tell(lambda sink: sink.alert(title, text))
+
+    def rewind(self, step: int) -> None:
+        """Steps after this one are done again."""
+        self._tell(lambda sink: sink.rewind(step))
+
+    def saved(self) -> None:
+        """There may be a new checkpoint."""
+        self._tell(lambda sink: sink.saved())
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether a person has asked for a stop, on the page of the run."""
+        return any(sink.cancelled() for sink in self._sinks)
 
     def finish(self, exit_code: int) -> None:
-        """Closes the W&B run; further calls do nothing."""
-        if self._run is not None:
-            try:
-                self._run.finish(exit_code=exit_code)
-                self._run = None
-            except Exception as error:
-                self._give_up(error)
+        """Closes all sinks; further calls do nothing."""
+        self._tell(lambda sink: sink.finish(exit_code))
+        self._sinks = []
 
-    def _give_up(self, error: Exception) -> None:
-        self._run = None
+    def _open(self, name: str, make: Callable[[], Sink]) -> None:
+        try:
+            self._sinks.append(make())
+        except Exception as error:
+            self._give_up(name, error)
+
+    def _tell(self, what: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                what(sink)
+            except Exception as error:
+                self._sinks.remove(sink)
+                self._give_up(sink.name, error)
+
+    def _give_up(self, name: str, error: Exception) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        self._say(f"W&B is not used from here on ({reason}); metrics.jsonl has every number")
+        self._say(f"{name} is not used from here on ({reason}); metrics.jsonl has every number")
+
+
+def _wandb(config: MonitorConfig, name: str, run_id: str, folder: Path, settings: dict[str, Any]) -> Sink:
+    from lowprec.train.sinks_wandb import Wandb
+
+    return Wandb(config, name, run_id, folder, settings)
+
+
+def _tensorboard(folder: Path, step: int) -> Sink:
+    from lowprec.train.sinks_tensorboard import TensorBoard
+
+    files = {name: folder / name for name in ("plan.txt", "config.yaml")}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.exists()}
+    return TensorBoard(folder, step, texts)

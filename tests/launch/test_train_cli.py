@@ -30,8 +30,11 @@ def sentence(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "no recipe given: add recipe=NAME, one of bf16_tiny, "),
-        (["recipe=nvfp4_tny"], "no recipe 'nvfp4_tny' (did you mean nvfp4_tiny?); recipe can be bf16_tiny, fp8_tiny"),
+        ([], "no recipe given: add recipe=NAME, one of bf16_1b2, "),
+        (
+            ["recipe=nvfp4_tny"],
+            "no recipe 'nvfp4_tny' (did you mean nvfp4_tiny?); recipe can be bf16_1b2, bf16_1b2_tiny",
+        ),
         (["model=llama_tin"], "no model 'llama_tin' (did you mean llama_tiny?); model can be llama"),
         (["precision=nvfp5"], "no precision 'nvfp5' (did you mean nvfp4?); precision can be averis, bf16, "),
         (["train.stepz=3"], "no key 'train.stepz' (did you mean train.steps?); train has the keys checkpoint_async, "),
@@ -120,12 +123,12 @@ def test_ranks_that_cannot_share_a_step_are_told(capsys, monkeypatch) -> None:
     assert main(["recipe=nvfp4_tiny"]) == 2 and capsys.readouterr() == ("", "")
 
 
-def test_the_12b_counts_itself_and_says_what_is_missing(capsys) -> None:
-    """It composes; --plan prints its size; what cannot be built is one sentence and not a crash later on."""
-    assert "Mamba-2 blocks are not implemented yet" in sentence(capsys, "recipe=nvfp4_12b")
-    assert main(["recipe=nvfp4_12b", "--plan"]) == 2
-    out, err = capsys.readouterr()
-    assert out.startswith("nvfp4_12b: 12,310.0M parameters") and "Mamba-2 blocks are not implemented yet" in err
+def test_the_12b_is_planned_without_being_built(capsys) -> None:
+    """--plan prints its size and the rule of every layer; nothing is allocated."""
+    assert main(["recipe=nvfp4_12b", "--plan"]) == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith("nvfp4_12b: 12,310.0M parameters")
+    assert "from 82% of training, nvfp4.fprop as in bf16" in out
 
 
 def test_overrides_beat_the_recipe_and_the_recipe_beats_the_defaults(capsys, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Bits in, bits out.  Nothing here knows numpy arrays, or the code that is tested.
 import math
 import struct
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -187,3 +188,16 @@ def dithered(a: int, random: int) -> int:
     if math.isnan(f32(a)):
         return 0x7FFF
     return a >> 16 if a >> 23 & 255 == 255 else a + random >> 16
+
+
+def directed_product(a: int, b: int, whole: Callable[[Fraction], int]) -> int:
+    """Bits of the product of two floats, its significand made an integer by `whole` (ceil, floor, trunc)."""
+    x, y = f32(a), f32(b)
+    if not math.isfinite(x) or not math.isfinite(y) or x == 0 or y == 0:
+        return bits(x * y)
+    exact = Fraction(x) * Fraction(y)
+    unit = Fraction(2) ** (max(math.frexp(x * y)[1] - 1, -126) - 23)
+    largest = (2 - 2.0**-23) * 2.0**127
+    away = math.inf if whole(Fraction(1 if exact > 0 else -1, 2)) else largest
+    result = away if abs(exact) > largest else abs(float(whole(exact / unit) * unit))
+    return bits(math.copysign(result, x * y))

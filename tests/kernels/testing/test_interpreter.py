@@ -11,6 +11,7 @@ import triton.language as tl
 from lowprec.kernels.testing import asm, floats
 from lowprec.kernels.testing.compile import compile_for
 from lowprec.kernels.testing.interpreter import interpreted
+from lowprec.kernels.testing.ptx import run_ptx
 from tests.kernels.testing import device_functions
 from tests.kernels.testing.device_functions import either
 
@@ -74,6 +75,10 @@ def test_widening_casts(source: torch.dtype, to: torch.dtype) -> None:
     if source == to or {source, to} == {torch.bfloat16, torch.float16}:
         return
     got, want = interpreted_cast(x, to).float(), x.to(to).float()
+    if (source, to) == (torch.float8_e5m2, torch.bfloat16):  # the exponent is rebiased, of infinity and NaN too
+        codes = x.view(torch.uint8).int()
+        beyond = (4 + (codes & 3)) * 2.0**14 * torch.where(codes > 127, -1, 1)
+        want = torch.where(codes & 0x7F >= 0x7C, beyond, want)
     assert torch.equal(got.nan_to_num(nan=-7e30), want.nan_to_num(nan=-7e30))
     assert torch.equal(got.isnan(), want.isnan())
 
@@ -104,6 +109,36 @@ def bf16_arithmetic(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + 4 * N + i, tl.fma(x, y, x))
     tl.store(out_ptr + 5 * N, tl.max(x, 0).to(tl.bfloat16))
     tl.store(out_ptr + 5 * N + 1, tl.sum(x, 0).to(tl.bfloat16))
+
+
+@triton.jit
+def cast_e5m2(x_ptr, out_ptr):
+    i = tl.arange(0, 256)
+    tl.store(out_ptr + i, tl.load(x_ptr + i).to(tl.bfloat16))
+
+
+def test_e5m2_to_bf16_is_as_compiled() -> None:
+    x = torch.arange(256).to(torch.uint8).view(torch.float8_e5m2)
+    a, b = torch.zeros(256, dtype=torch.bfloat16), torch.zeros(256, dtype=torch.bfloat16)
+    with interpreted(cast_e5m2):
+        cast_e5m2[(1,)](x, a)
+    run_ptx(compile_for(cast_e5m2, {"x_ptr": "*fp8e5", "out_ptr": "*bf16"}, {}, "sm_90", num_warps=1), (1, 1),
+            {"x_ptr": x, "out_ptr": b})  # fmt: skip
+    assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@triton.jit
+def compared_numbers(x_ptr, number_ptr, out_ptr):
+    x, number = tl.load(x_ptr + tl.arange(0, 16)), tl.load(number_ptr)
+    tl.store(out_ptr + tl.arange(0, 16), ((x != x) | (number != number) | (number > x)).to(tl.int32))
+
+
+def test_comparisons_of_one_number_are_booleans() -> None:
+    x, out = torch.arange(16.0), torch.zeros(16, dtype=torch.int32)
+    x[3] = torch.nan
+    with interpreted(compared_numbers):
+        compared_numbers[(1,)](x, torch.tensor([2.5]), out)
+    assert out.tolist() == [1, 1, 1, 1] + [0] * 12
 
 
 def test_bf16_arithmetic_is_by_value() -> None:

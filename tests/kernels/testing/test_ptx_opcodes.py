@@ -24,6 +24,7 @@ from tests.kernels.testing.single_numbers import (
     brain_power,
     chopped,
     code,
+    directed_product,
     dithered,
     double,
     exponent_byte,
@@ -188,6 +189,9 @@ FLOATS: dict[str, Reference] = {
     " mov.b64 {$0, _}, x; }": double(lambda x, y: x + y),
     "{ .reg .b64 x; .reg .b64 y; mov.b64 x, {$3, $1}; mov.b64 y, {$3, $2}; mul.rn.f32x2 x, x, y;"
     " mov.b64 {_, $0}, x; }": double(lambda x, y: x * y),
+    "mul.rp.f32 $0, $1, $2;": lambda a, b, c: directed_product(a, b, math.ceil),
+    "mul.rm.f32 $0, $1, $2;": lambda a, b, c: directed_product(a, b, math.floor),
+    "mul.rz.f32 $0, $1, $2;": lambda a, b, c: directed_product(a, b, math.trunc),
     "cvt.rzi.s32.f32 $0, $1;": lambda a, b, c: rounded_to_integer(f32(a), math.trunc, -(2**31), 2**31 - 1),
     "cvt.rni.s32.f32 $0, $1;": lambda a, b, c: rounded_to_integer(f32(a), round, -(2**31), 2**31 - 1),
     "cvt.rmi.u32.f32 $0, $1;": lambda a, b, c: rounded_to_integer(f32(a), math.floor, 0, 2**32 - 1),

@@ -1,0 +1,59 @@
+"""What every launch needs to know: how a matrix lies in memory, which chip it is for; a kernel with its arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LONGEST = 1 << 24  # offsets within a tile of 128 lines are reckoned in 32 bits
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything it is started with; `args` are left at run time, `constants` are compiled in."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    args: dict[str, Any]
+    constants: dict[str, Any]
+    warps: int
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, enable_fp_fusion=False)
+
+
+def arch_of(x: Tensor) -> str:
+    """ "sm_100" of a tensor on a GPU; on the CPU, where kernels are interpreted, the oldest: all in software."""
+    if x.device.type != "cuda":
+        return "sm_80"
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return f"sm_{major}{minor}"
+
+
+def capability(x: Tensor, arch: str | None) -> int:
+    """100 of sm_100: what a kernel's CHIP is; 0, in plain language only, where it is interpreted."""
+    if arch is None and x.device.type != "cuda":
+        return 0
+    return int((arch or arch_of(x)).removeprefix("sm_"))
+
+
+def memory_of(x: Tensor) -> tuple[Tensor, bool, int]:
+    """x with a unit stride, whether that is the last axis's, and the other stride."""
+    if x.dim() != 2 or x.dtype not in DTYPES:
+        raise ValueError(f"Expected a matrix of fp32, bf16 or fp16, got {x.dtype} of shape {tuple(x.shape)}.")
+    if 1 not in x.stride():
+        x = x.contiguous()
+    along = x.stride(1) == 1 and not (x.stride(0) == 1 and x.shape[1] > 1 and x.shape[0] > 1)
+    pitch = x.stride(0) if along else x.stride(1)
+    if pitch >= LONGEST:
+        raise ValueError(f"Lines of a matrix lie {pitch} elements apart; kernels take fewer than {LONGEST}: split it.")
+    return x, along, pitch
+
+
+def signed(word: int) -> int:
+    """A word of 32 bits as the int that an i32 argument holds."""
+    return word - (1 << 32) if word >= 1 << 31 else word
