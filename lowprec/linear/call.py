@@ -42,7 +42,7 @@ class Shared:
         key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, *what)
         found = self._slots.get(slot)
         if found is None or found[0] != key:
-            self._slots[slot] = found = (key, x, make())
+            self._slots[slot] = found = (key, x.detach(), make())  # without its graph, which would live on with it
         return found[2]
 
     def clear(self) -> None:

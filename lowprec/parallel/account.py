@@ -3,18 +3,7 @@
 Nothing here is measured and nothing is a tensor: sizes in, bytes out. The formulas follow this implementation term by
 term, so that tests can compare them with what a model keeps and with the counters of real collectives.
 
-*Memory.* A rank whose shard has P_s parameters holds 4 P_s of fp32 masters, 4 P_s of gradients and 8 P_s of AdamW's
-moments: the 16 bytes a parameter of ZeRO (arXiv:1910.02054). On top come gathered weights, gradients not yet summed
-over ranks, activations and logits. Activations a token and block follow arXiv:2205.05198, whose 34 h (+ 5 a s of
-attention scores: none with a fused kernel) become here, with C the width, Q and KV those of the query and key heads
-together, F the MLP's
-
-    norms  2 x 4 C (fp32 copies: + 4 C)    their outputs, gathered  2 x 2 C    q, k, v and y  2 (2 Q + 2 KV)
-    MLP    8 F swiglu, 4 F relu2           dropout masks  none (- 2 C)         statistics     8 + 4 heads
-
-Tensor parallel, with sequence parallel, divides all but the gathered outputs; context parallel leaves 1 / cp of the
-tokens but gathers k and v. A stage of a pipeline keeps as many micro-batches as stages follow it, itself included
-(1F1B, arXiv:2104.04473), and with v interleaved stages a rank 1 + (p - 1) / (p v) whole micro-batches on the first.
+*Memory.* Of the fullest moment of a step: :mod:`lowprec.parallel.memory`.
 
 *Bytes received.* The logical payload of a collective for one rank: the whole result of an all-gather, the whole input
 of a reduce-scatter, twice the buffer of an all-reduce; of these (n - 1) / n crosses a link. Point to point: what is
@@ -32,13 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowprec.model import count_parameters
-from lowprec.model.config import Activation
 from lowprec.parallel.config import Recompute
-from lowprec.parallel.layout import Job, Layout, Stage, Stages
-
-BLOCKED_TOKENS = 2048
-"""Up to so many tokens, attention on a CPU keeps its probabilities."""
-_QUERIES = 128  # of a block of those
+from lowprec.parallel.layout import PARTS, Job, Layout, Stage, Stages
+from lowprec.parallel.memory import memory
 
 
 @dataclass(frozen=True)
@@ -57,6 +42,7 @@ class StageAccount:
     """What a rank of one pipeline stage holds at its peak, by what it is, and receives in a step."""
 
     stage: int
+    moment: str  # of a step: when it holds the most
     memory: dict[str, float]
     transfers: tuple[Transfer, ...]
 
@@ -95,7 +81,7 @@ class Account:
         parameters, micros = count_parameters(self.job.model)["total"], self.job.micros(layout)
         place = f" of stage {stage.stage}, the fullest of {len(self.stages)}" if many else ""
         lines = [f"layout: {layout}; {layout.ranks} ranks, {micros} micro-batches a step and rank", ""]
-        lines += [f"memory of a rank{place}, computed: {amount(stage.memory_bytes)}"]
+        lines += [f"memory of a rank{place}, computed: {amount(stage.memory_bytes)} ({stage.moment})"]
         lines += [f"  {name:<28}{amount(part):>10}" for name, part in stage.memory.items() if part]
         for stage in self.stages:
             total, place = sum(stage.wire_bytes.values()), f" of stage {stage.stage}" if many else ""
@@ -106,7 +92,10 @@ class Account:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        stages = [{"memory": s.memory, "memory_bytes": s.memory_bytes, "wire_bytes": s.wire_bytes} for s in self.stages]
+        stages = [
+            {"moment": s.moment, "memory": s.memory, "memory_bytes": s.memory_bytes, "wire_bytes": s.wire_bytes}
+            for s in self.stages
+        ]
         return {"memory_bytes": self.fullest.memory_bytes, "bubble": self.bubble, "stages": stages}
 
 
@@ -127,131 +116,8 @@ def account(job: Job, layout: Layout, stages: Stages | None = None) -> Account:
     found = []
     for stage in (stages or Stages(job)).of(layout):
         received = tuple(t for t in transfers(job, layout, stage) if t.bytes and t.ranks > 1)
-        found.append(StageAccount(stage.index, memory(job, layout, stage), received))
+        found.append(StageAccount(stage.index, *memory(job, layout, stage), received))
     return Account(job, layout, tuple(found))
-
-
-# ---- memory
-
-
-def memory(job: Job, layout: Layout, stage: Stage) -> dict[str, float]:
-    """Bytes of one rank at its peak, the beginning of a backward pass, by what they are."""
-    model, value, root, largest = job.model, job.value_bytes, stage.root.values, stage.largest
-    shard, tokens = stage.total.shard, activations(job, layout, stage)
-    several = layout.pp > 1 or job.micros(layout) > 1  # backward passes before gradients are summed over ranks
-    if several:  # all of them, whole, in fp32; and the buffer of one sum
-        gradients = 4.0 * max(stage.total.values, shard) + 4 * max(largest, root)
-    else:  # the shards; of the root and of one block whole, the block's in the compute dtype and in fp32
-        gradients = 4.0 * (shard + root) + max((value + 4) * largest, 4 * root)
-    blocks = stage.total.held_bytes - stage.root.held_bytes
-    gathered = 2.0 * stage.widest if layout.reshard_after_forward else float(blocks)  # two: the next one is prefetched
-    if several:  # between two passes all weights are there, and the activations of one pass are not
-        gathered = max(gathered, blocks - tokens["activations"] / in_flight(job, layout, stage.index))
-    gathered += stage.root.held_bytes
-    gathered += value * model.vocab_size * model.dim // layout.tp if stage.last else 0  # the head's copy in this dtype
-    if job.wire.hpz:
-        gathered += stage.total.weight_bytes / layout.near(job.wire)
-    return {
-        "parameters": 4.0 * shard,
-        "optimizer": job.optimizer_bytes * shard,
-        "gradients": gradients,
-        "error feedback": job.wire.feedback * shard * layout.fsdp,
-        "gathered weights": gathered,
-        **tokens,
-    }
-
-
-def activations(job: Job, layout: Layout, stage: Stage) -> dict[str, float]:
-    """The part of `memory` that grows with the tokens of a micro-batch."""
-    model, value, tokens, how = job.model, job.value_bytes, job.tokens(layout), layout.recompute
-    every = sum(block_terms(job, layout, Recompute.none).values())
-    kept = sum(block_terms(job, layout, how).values())
-    again = 0.0 if how is Recompute.none else every - kept * (how is Recompute.selective)
-    flowing = value * (2 * model.dim + 3 * model.ffn_dim / layout.tp)  # gradients on their way through a block
-    passes, depth = in_flight(job, layout, stage.index), stage.blocks / layout.virtual_stages
-    found = {
-        "activations": tokens * kept * depth * passes,
-        "work on a block": tokens * (again + flowing),
-        "positions, mask": context_bytes(job, layout) * passes,
-    }
-    if stage.last:
-        found["logits, loss"] = tokens * sum(loss_terms(job, layout).values())
-    if layout.pp > 1:  # what a pass received and what it sent, until its backward
-        sides = 2 if layout.virtual_stages > 1 else 2 - stage.first - stage.last
-        found["pipeline buffers"] = tokens * value * model.dim / layout.tp * sides * passes
-    return found
-
-
-def block_terms(job: Job, layout: Layout, recompute: Recompute) -> dict[str, float]:
-    """Bytes a token and block that are kept between forward and backward, by what they are."""
-    model, value, tp, copies = job.model, job.value_bytes, layout.tp, 2 if job.cpu else 1
-    if recompute is Recompute.full:
-        return {"block input": value * model.dim / tp}
-    q, kv = model.heads * model.dim_per_head / tp, model.kv_heads * model.dim_per_head / tp
-    heads, f, is_gated = model.heads / tp, model.ffn_dim / tp, model.activation is Activation.swiglu
-    terms = {
-        "norms": 2 * (4 * copies * model.dim + 4) / tp,
-        "qkv input": job.kept.get("qkv", value * model.dim),
-        "mlp input": job.kept.get("mlp", value * model.dim),
-    }
-    if model.qk_norm:
-        terms["q and k norms"] = 4 * copies * (q + kv) + 4 * (model.heads + model.kv_heads) / tp
-    keys = 1.0 if layout.cp == 1 else layout.cp + 0.5  # a token; with cp, of two parts of the sequence one by one
-    o_input = job.kept.get("o", value * model.heads * model.dim_per_head) / tp
-    if recompute is Recompute.selective:
-        terms |= {"q, k, v": value * (q + 2 * kv), "o input": o_input}
-    elif _keeps_scores(job):
-        terms |= {"q, k, v": value * (q + 2 * kv * keys), "o input": o_input}
-        terms["attention probabilities"] = value * heads * _seen(job.seq_len, layout.cp)
-    else:  # the fused kernel's output is the input of o, and is kept once; with cp, its two parts are joined
-        copied = q if job.documents or layout.cp > 1 else kv  # with a mask, k and v are copied for every query head
-        terms |= {"q, k, v": value * (q + 2 * copied * keys), "y": value * q, "attention statistics": 4 * heads}
-        terms["o input"] = o_input if "o" in job.kept or layout.cp > 1 else 0.0
-    mlp = (2 if is_gated else 1) + (is_gated and recompute is Recompute.none)  # gate, up, silu(gate); or relu(up)
-    return terms | {"mlp": value * mlp * f, "down input": job.kept.get("down", value * model.ffn_dim) / tp}
-
-
-def loss_terms(job: Job, layout: Layout) -> dict[str, float]:
-    """Bytes a token that the end of the model keeps, by what they are; logits and their gradient exist together."""
-    model, value, tp = job.model, job.value_bytes, layout.tp
-    return {
-        "token ids": 8.0,
-        "last norm": (4 * (2 if job.cpu else 1) * model.dim + 4) / tp,
-        "head input": value * model.dim,
-        "logits and gradient": 2 * value * model.vocab_size / tp,
-        "targets, normaliser": 8.0 + 1 + (tp > 1) + 4,
-    }
-
-
-def context_bytes(job: Job, layout: Layout) -> float:
-    """Tables of rotary positions and mask of a micro-batch, which its layers share."""
-    rows = job.micro_batch if job.documents else 1
-    tables = 4.0 * job.model.dim_per_head * rows * job.seq_len if job.model.rope_theta is not None else 0.0
-    has_mask = layout.recompute is not Recompute.none if _keeps_scores(job) else job.documents
-    return tables + has_mask * job.value_bytes * rows * job.seq_len**2 / layout.cp
-
-
-def in_flight(job: Job, layout: Layout, index: int) -> int:
-    """Forward passes (of one stage of the rank) whose backward is still to come, at most."""
-    parts, micros, after = layout.virtual_stages, job.micros(layout), layout.pp - index - 1
-    if parts == 1:
-        return min(after + 1, micros)
-    each = micros // (micros // layout.pp)  # of a round
-    return min(2 * after + (parts - 1) * each + 1, micros * parts)
-
-
-def _keeps_scores(job: Job) -> bool:
-    return job.cpu and job.seq_len <= BLOCKED_TOKENS
-
-
-def _seen(tokens: int, cp: int) -> float:
-    """Keys that a query meets on average, in whole blocks of queries; of cp ranks, the first."""
-    size = tokens if cp == 1 else tokens // (2 * cp)
-    total = 0
-    for chunk in sorted({0, tokens - size}):  # the first and the last
-        ends = [min(start + _QUERIES, size) for start in range(0, size, _QUERIES)]
-        total += sum((end - start) * (chunk + end) for start, end in zip([0, *ends], ends))
-    return total / (tokens / cp)
 
 
 # ---- bytes received
@@ -295,11 +161,12 @@ def _gradients(job: Job, layout: Layout, stage: Stage) -> Iterator[Transfer]:
 
 def _tensor(job: Job, layout: Layout, stage: Stage) -> Iterator[Transfer]:
     """Tensor parallel with sequence parallel: tokens are gathered before cut products and scattered after them."""
-    micros, blocks, tokens, tp = job.micros(layout), stage.blocks, job.tokens(layout), layout.tp
+    micros, tokens, tp = job.micros(layout), job.tokens(layout), layout.tp
     buffer = job.wire.activation(tokens * job.model.dim // tp, tp)
-    gathers = scatters = 4 * blocks  # inputs of attention and MLP, gradients of their outputs; and the other way round
-    if layout.recompute is Recompute.full:  # as far as the backward needs it: not the MLP's output
-        gathers, scatters = gathers + 2 * blocks, scatters + blocks
+    parts = sum(len(PARTS[kind]) for kind in stage.kinds)
+    gathers = scatters = 2 * parts  # inputs of attention and MLP, gradients of their outputs; and the other way round
+    if layout.recompute is Recompute.full:  # as far as the backward needs it: not the last output of a block
+        gathers, scatters = gathers + parts, scatters + parts - stage.blocks
     ends = stage.first + stage.last  # the embedding's output is scattered, the head's input gathered; gradients alike
     gathers, scatters = micros * (gathers + ends), micros * (scatters + ends)
     yield Transfer("activation_all_gather", tp, 1, gathers * buffer, gathers)
@@ -311,7 +178,8 @@ def _tensor(job: Job, layout: Layout, stage: Stage) -> Iterator[Transfer]:
 
 def _context(job: Job, layout: Layout, stage: Stage) -> Iterator[Transfer]:
     """Context parallel: every layer gathers k and v of the whole sequence; their gradients are scattered back."""
-    model, cp, passes = job.model, layout.cp, job.micros(layout) * stage.blocks
+    model, cp = job.model, layout.cp
+    passes = job.micros(layout) * sum("attn" in PARTS[kind] for kind in stage.kinds)
     buffer = job.wire.activation(job.tokens(layout) * 2 * model.kv_heads * model.dim_per_head // layout.tp, cp)
     gathers = passes * (1 if layout.recompute is Recompute.none else 2)
     yield Transfer("kv_all_gather", cp, layout.tp, gathers * buffer, gathers)

@@ -12,6 +12,7 @@ import torch
 from lowprec.comm import CommConfig
 from lowprec.linear import Plan
 from lowprec.linear.product import kept_bytes_per_token
+from lowprec.linear.recipe import GEMM_OPERANDS
 from lowprec.model import ModelConfig
 from lowprec.optim import OptimConfig, build_optimizer
 from lowprec.parallel.layout import Job, Layout
@@ -19,7 +20,7 @@ from lowprec.parallel.tensor import ROW
 from lowprec.parallel.wire import Wire
 
 PLACES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_proj": "mlp", "up_proj": "mlp",
-          "down_proj": "down"}  # fmt: skip
+          "down_proj": "down", "in_proj": "in", "out_proj": "out"}  # fmt: skip
 """Which input of a block a linear layer keeps."""
 
 
@@ -45,6 +46,7 @@ def job_of(
         global_batch,
         value_bytes=dtype.itemsize,
         optimizer_bytes=optimizer_bytes(optim),
+        operand_bytes=operand_bytes(plan, cpu),
         kept=kept_inputs(plan, model, dtype) if plan.policy.save == "codes" else {},
         documents=documents,
         cpu=cpu,
@@ -62,14 +64,27 @@ def optimizer_bytes(optim: OptimConfig) -> float:
     return sum(t.numel() * t.element_size() for t in state) / layer.weight.numel()
 
 
+def operand_bytes(plan: Plan, cpu: bool) -> float:
+    """Bytes of a value of the widest quantised operand: its code and share of a scale; a CPU's products take whole
+    bytes and fp32 scales of 16. 0 if nothing is quantised."""
+    used = [plan.precision.linear[name] for name in {entry.recipe for entry in plan.entries}]
+    operands = [
+        side for recipe in used for role in GEMM_OPERANDS for side in (getattr(recipe, role).a, getattr(recipe, role).b)
+    ]
+    bits = [side.format.bits for side in operands if side.format is not None]
+    return (1.25 if cpu else max(bits) / 8 + 1 / 16) if bits else 0.0
+
+
 def kept_inputs(plan: Plan, model: ModelConfig, dtype: torch.dtype) -> dict[str, float]:
     """`Job.kept` of a plan with `save: codes`: each layer keeps codes of its own; an input is kept once for all."""
     known: dict[Any, float] = {}
     total, inputs = dict.fromkeys(PLACES.values(), 0.0), set()
+    having: dict[str, set[str]] = {place: set() for place in total}
     for entry in plan.entries:
         block, _, name = entry.layer.rpartition(".")
         if name not in PLACES:
             continue
+        having[PLACES[name]].add(block)
         key, whole = (entry.recipe, entry.out_features, entry.in_features), entry.in_features * dtype.itemsize
         if key not in known:
             recipe = plan.precision.linear[entry.recipe]
@@ -79,7 +94,7 @@ def kept_inputs(plan: Plan, model: ModelConfig, dtype: torch.dtype) -> dict[str,
         elif (block, PLACES[name]) not in inputs:
             inputs.add((block, PLACES[name]))
             total[PLACES[name]] += whole
-    return {place: value / model.layers for place, value in total.items()}
+    return {place: value / len(having[place]) for place, value in total.items() if having[place]}
 
 
 def uncuttable(plan: Plan, seq_len: int) -> Callable[[Layout], str | None]:

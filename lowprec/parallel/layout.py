@@ -16,7 +16,7 @@ from lowprec.model.config import Activation
 from lowprec.parallel.config import AXES, ParallelConfig, Recompute
 from lowprec.parallel.context import token_multiple
 from lowprec.parallel.pipeline import check_micros, check_stages, deal
-from lowprec.parallel.tensor import refuse
+from lowprec.parallel.tensor import refuse, refuse_scan
 from lowprec.parallel.wire import Shape, Wire, padded
 
 
@@ -84,7 +84,8 @@ class Job:
     """What is trained, whatever the layout.
 
     kept: bytes a token and block that are kept of the inputs of linear layers, where that is not the input in the
-    compute dtype: any of "qkv", "o", "mlp", "down" (`precision.save: codes`; averages over the blocks).
+    compute dtype: any of "qkv", "o", "mlp", "down", "in", "out" (`precision.save: codes`; averages over the blocks
+    that have such a layer).
     """
 
     model: ModelConfig
@@ -93,6 +94,7 @@ class Job:
     global_batch: int  # sequences per step
     value_bytes: int = 2  # of the compute dtype
     optimizer_bytes: float = 8.0  # a parameter; AdamW: two fp32 moments
+    operand_bytes: float = 0.0  # of a value of a quantised operand, as the product takes it
     kept: Mapping[str, float] = field(default_factory=dict)
     documents: bool = True  # attention stays inside documents: a mask, and k and v copied for every query head
     cpu: bool = False  # kernels of a CPU keep more: attention probabilities up to 2048 tokens, norms a second copy
@@ -110,8 +112,6 @@ class Job:
 def refusal(job: Job, layout: Layout) -> str | None:
     """Why the model or the batch cannot be laid out like this, or None: the sentences of those who would refuse it."""
     model, micros = job.model, job.global_batch // job.micro_batch
-    if model.pattern is not None:
-        return "model.pattern describes a hybrid, and Mamba-2 blocks are not implemented yet"
     if micros % layout.data:
         fewer = job.global_batch // layout.data
         hint = f" (train.micro_batch={fewer} gives each one)" if fewer and job.global_batch % layout.data == 0 else ""
@@ -122,6 +122,7 @@ def refusal(job: Job, layout: Layout) -> str | None:
         return f"comm: nodes of {near} ranks do not divide the {layout.fsdp} that share parameters"
     try:
         refuse(model, layout.tp)
+        refuse_scan(model, layout.tp, layout.cp)
         check_stages(model, layout.pp, layout.virtual_stages)
         check_micros(layout.pp, layout.virtual_stages, job.micros(layout), job.micro_batch, layout.data)
     except ValueError as error:
@@ -132,23 +133,64 @@ def refusal(job: Job, layout: Layout) -> str | None:
 # ---- parameters
 
 
-def block_shapes(model: ModelConfig, tp: int = 1) -> dict[str, Shape]:
-    """Parameters of a block by name -> shape on one tensor-parallel rank."""
+def kinds(model: ModelConfig) -> str:
+    """One character a block: "T" attention and MLP (a Transformer's layer), or the hybrid's "M", "-" and "*"."""
+    return model.pattern or "T" * model.layers
+
+
+PARTS = {"T": ("attn", "mlp"), "*": ("attn",), "-": ("mlp",), "M": ("mamba",)}
+"""What a block of a kind is made of; each part has a norm before it."""
+
+
+def block_shapes(model: ModelConfig, tp: int = 1, kind: str = "T") -> dict[str, Shape]:
+    """Parameters of a block of a kind by name -> shape on one tensor-parallel rank."""
+    makers = {"attn": _attention_shapes, "mlp": _mlp_shapes, "mamba": _mamba_shapes}
+    shapes: dict[str, Shape] = {}
+    for part in PARTS[kind]:
+        shapes[f"{part}_norm.weight"] = (model.dim,)
+        shapes |= {f"{part}.{name}": shape for name, shape in makers[part](model, tp).items()}
+    return shapes
+
+
+def _attention_shapes(model: ModelConfig, tp: int) -> dict[str, Shape]:
     c, width = model.dim, model.dim_per_head
-    q, kv, f = model.heads * width // tp, model.kv_heads * width // tp, model.ffn_dim // tp
-    shapes: dict[str, Shape] = {"attn_norm": (c,), "mlp_norm": (c,)}
-    shapes |= {"attn.q_proj": (q, c), "attn.k_proj": (kv, c), "attn.v_proj": (kv, c), "attn.o_proj": (c, q)}
-    if model.qk_norm:
-        shapes |= {"attn.q_norm": (width,), "attn.k_norm": (width,)}
-    if model.activation is Activation.swiglu:
-        shapes["mlp.gate_proj"] = (f, c)
-    shapes |= {"mlp.up_proj": (f, c), "mlp.down_proj": (c, f)}
-    return {f"{name}.weight": shape for name, shape in shapes.items()}
+    q, kv = model.heads * width // tp, model.kv_heads * width // tp
+    shapes: dict[str, Shape] = {"q_proj.weight": (q, c), "k_proj.weight": (kv, c), "v_proj.weight": (kv, c)}
+    shapes["o_proj.weight"] = (c, q)
+    return shapes | ({"q_norm.weight": (width,), "k_norm.weight": (width,)} if model.qk_norm else {})
+
+
+def _mlp_shapes(model: ModelConfig, tp: int) -> dict[str, Shape]:
+    c, f = model.dim, model.ffn_dim // tp
+    gate: dict[str, Shape] = {"gate_proj.weight": (f, c)} if model.activation is Activation.swiglu else {}
+    return gate | {"up_proj.weight": (f, c), "down_proj.weight": (c, f)}
+
+
+def _mamba_shapes(model: ModelConfig, tp: int) -> dict[str, Shape]:
+    """arXiv:2405.21060; never cut by tensor parallelism."""
+    m = model.mamba
+    assert m is not None and tp == 1
+    inner, channels = m.heads * m.head_dim, m.heads * m.head_dim + 2 * m.groups * m.state
+    return {
+        "A_log": (m.heads,),
+        "D": (m.heads,),
+        "dt_bias": (m.heads,),
+        "in_proj.weight": (inner + channels + m.heads, model.dim),
+        "conv1d.weight": (channels, 1, m.conv),
+        "conv1d.bias": (channels,),
+        "norm.weight": (inner,),
+        "out_proj.weight": (model.dim, inner),
+    }
+
+
+def head_shape(model: ModelConfig, tp: int = 1) -> Shape:
+    """The matrix that makes logits, be it the embedding's or its own."""
+    return (model.vocab_size // tp, model.dim)
 
 
 def root_shapes(model: ModelConfig, tp: int = 1, first: bool = True, last: bool = True) -> dict[str, Shape]:
     """Parameters outside the blocks, of a first and of a last pipeline stage."""
-    matrix = (model.vocab_size // tp, model.dim)
+    matrix = head_shape(model, tp)
     shapes: dict[str, Shape] = {"embed.weight": matrix} if first else {}
     if last:
         shapes["norm.weight"] = (model.dim,)
@@ -163,9 +205,11 @@ class Unit:
 
     values: int
     shard: int  # of these, in one rank's shard, padding included
+    largest_shard: int  # the part of it that is of one parameter
     vectors: tuple[int, ...]  # sizes of those that tensor-parallel ranks have alike: norms
     weight_bytes: int  # what a gather yields
     held_bytes: int  # of it in memory
+    encoded_bytes: int  # a rank's rows as they travel, kept for all gathers of a step
     maxima: int  # that are agreed on before a gather
     gradient_bytes: int  # what a reduce-scatter takes in; of two levels, the one inside nodes
     between_bytes: int  # the other one
@@ -176,13 +220,16 @@ class Unit:
         """name: "layers.3", or "" for the root."""
         ranks, level, copies = layout.fsdp, layout.level(wire), layout.replicate
         weights = [wire.weight(f"{name}.{key}" if name else key, shape, ranks) for key, shape in shapes.items()]
-        shard = sum(padded(shape, ranks) // ranks for shape in shapes.values())
+        shards = [padded(shape, ranks) // ranks for shape in shapes.values()]
+        shard = sum(shards)
         return cls(
             sum(map(math.prod, shapes.values())),
             shard,
+            max(shards, default=0),
             tuple(shape[0] for shape in shapes.values() if len(shape) == 1),
             sum(weight.sent for weight in weights),
             sum(weight.held for weight in weights),
+            sum(weight.encoded for weight in weights),
             sum(weight.maxima for weight in weights),
             wire.gradient(shard * (ranks // level), level),
             wire.between(shard, ranks // level),
@@ -197,12 +244,15 @@ class Stage:
     index: int
     first: bool
     last: bool
-    blocks: int
-    largest: int  # values of a block
-    widest: int  # bytes of a block, gathered
+    kinds: str  # of its blocks, see `kinds`
+    each: tuple[Unit, ...]  # its blocks
     total: Unit  # sums over blocks and root
     root: Unit
     units: int  # blocks, and the root if it has any parameter
+
+    @property
+    def blocks(self) -> int:
+        return len(self.each)
 
 
 class Stages:
@@ -226,15 +276,17 @@ class Stages:
 
     def _stage(self, index: int, ranges: list[range], layout: Layout) -> Stage:
         model, tp, first, last = self.job.model, layout.tp, index == 0, index == layout.pp - 1
-        shapes, numbers = block_shapes(model, tp), [number for part in ranges for number in part]
-        blocks = [self._unit(f"layers.{number}", shapes, layout) for number in numbers]
+        pattern, numbers = kinds(model), [number for part in ranges for number in part]
+        shapes = {kind: block_shapes(model, tp, kind) for kind in set(pattern)}
+        blocks = [self._unit(f"layers.{number}", shapes[pattern[number]], layout) for number in numbers]
         root = self._unit("", root_shapes(model, tp, first, last), layout, first, last)
         units = [*blocks, root] if root.values else blocks
-        names = [f.name for f in dataclasses.fields(Unit)]
-        sums: dict[str, Any] = {name: sum(getattr(unit, name) for unit in units) for name in names if name != "vectors"}
-        total = Unit(**sums, vectors=tuple(size for unit in units for size in unit.vectors))
-        largest, widest = max(unit.values for unit in blocks), max(unit.held_bytes for unit in blocks)
-        return Stage(index, first, last, len(blocks), largest, widest, total, root, len(units))
+        names = {f.name for f in dataclasses.fields(Unit)} - {"vectors", "largest_shard"}
+        sums: dict[str, Any] = {name: sum(getattr(unit, name) for unit in units) for name in names}
+        vectors = tuple(size for unit in units for size in unit.vectors)
+        total = Unit(**sums, vectors=vectors, largest_shard=max(unit.largest_shard for unit in units))
+        held = "".join(pattern[number] for number in numbers)
+        return Stage(index, first, last, held, tuple(blocks), total, root, len(units))
 
     def _unit(self, name: str, shapes: Mapping[str, Shape], layout: Layout, *which: bool) -> Unit:
         key = (name, layout.replicate, layout.fsdp, layout.tp, *which)

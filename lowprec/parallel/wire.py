@@ -26,6 +26,7 @@ class Weight:
     sent: int  # bytes that a gather yields
     held: int  # bytes of it in memory
     maxima: int = 0  # fp32 maxima that ranks agree on before they encode it
+    encoded: int = 0  # bytes of a rank's rows as they travel, kept for all gathers of a step
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,17 @@ class Wire:
         def weight(name: str, shape: Shape, ranks: int) -> Weight:
             values = padded(shape, ranks)
             plain = values * (dtype.itemsize if name.startswith("layers.") else 4)
-            if len(shape) < 2 or shape[0] % ranks or ranks == 1:
+            if len(shape) != 2 or shape[0] % ranks or ranks == 1:  # vectors, filters of convolutions
                 return Weight(plain, plain)
             rows, recipe = shape[0] // ranks, recipes.get(name)
             in_place = name.startswith("layers.") or dtype == torch.float32  # the root's gradients are fp32
             may = comm.codes and in_place and recipe is not None and recipe.quantized
             if may and recipe and codes_refusal(recipe, rows, shape[1]) is None:
                 size = ranks * payload_bytes(recipe, rows, shape[1])
-                return Weight(size, size, int(needs_amax(recipe)))
+                return Weight(size, size, int(needs_amax(recipe)), size // ranks)
             codec = comm.weight_codec
-            return Weight(ranks * codec.payload_bytes(values // ranks) if codec else plain, plain)
+            part = codec.payload_bytes(values // ranks) if codec else 0
+            return Weight(ranks * part if codec else plain, plain, 0, part)
 
         return Wire(
             weight,
