@@ -28,6 +28,16 @@ max.NaN.f32 $0, a, d;
 
 
 @triton.jit
+def load_half(at, step, left, inside, WIDTH: tl.constexpr, FULL: tl.constexpr):
+    """(R, WIDTH) from `at` (R, 1) on, `step` apart; `left` (R, 1) elements are in the matrix, of rows `inside`."""
+    e = tl.arange(0, WIDTH)[None, :]
+    if FULL:
+        return tl.load(at + e * step)
+    else:
+        return tl.load(at + e * step, mask=inside & (e < left), other=0.0)
+
+
+@triton.jit
 def segments(x_ptr, pitch, first_free, first_con, free, con, ALONG: tl.constexpr, FREE: tl.constexpr,
              CON: tl.constexpr, FULL: tl.constexpr, CHIP: tl.constexpr):  # fmt: skip
     """The tile as two halves (R, 8) fp32, and where segments begin, free and contracted, (R,).
@@ -35,23 +45,28 @@ def segments(x_ptr, pitch, first_free, first_con, free, con, ALONG: tl.constexpr
     ALONG: memory runs along the contracted axis, segments are ordered (free, segment); else across it, (segment, free).
     FULL: no tile leaves the matrix.  Only where the tile begins is reckoned in 64 bits.
     """
-    s = tl.arange(0, FREE * (CON // 16))
+    R: tl.constexpr = FREE * (CON // 16)
+    s = tl.arange(0, R)
     f = s // (CON // 16) if ALONG else s % FREE
     c = (s % (CON // 16) if ALONG else s // FREE) * 16
-    e = c[:, None] + tl.arange(0, 8)[None, :]
     if ALONG:
-        at = x_ptr + (first_free.to(tl.int64) * pitch + first_con) + (f[:, None] * pitch + e)
-        further = 8
+        at = x_ptr + (first_free.to(tl.int64) * pitch + first_con) + (f * pitch + c)[:, None]
+        step = 1
     else:
-        at = x_ptr + (first_con.to(tl.int64) * pitch + first_free) + (e * pitch + f[:, None])
-        further = 8 * pitch
-    if FULL:
-        low = tl.load(at)
-        high = tl.load(at + further)
+        at = x_ptr + (first_con.to(tl.int64) * pitch + first_free) + (c * pitch + f)[:, None]
+        step = pitch
+    inside = f[:, None] < free - first_free
+    left = (con - first_con - c)[:, None]
+    if ALONG and x_ptr.dtype.element_ty.primitive_bitwidth == 32:  # 16 bytes are four: quarters, or threads would share
+        a = tl.join(load_half(at, step, left, inside, 4, FULL), load_half(at + 4, step, left - 4, inside, 4, FULL))
+        b = tl.join(
+            load_half(at + 8, step, left - 8, inside, 4, FULL), load_half(at + 12, step, left - 12, inside, 4, FULL)
+        )
+        low = tl.reshape(tl.permute(a, (0, 2, 1)), (R, 8))
+        high = tl.reshape(tl.permute(b, (0, 2, 1)), (R, 8))
     else:
-        inside = f[:, None] < free - first_free
-        low = tl.load(at, mask=inside & (e < con - first_con), other=0.0)
-        high = tl.load(at + further, mask=inside & (e + 8 < con - first_con), other=0.0)
+        low = load_half(at, step, left, inside, 8, FULL)
+        high = load_half(at + 8 * step, step, left - 8, inside, 8, FULL)
     return widen(low, CHIP), widen(high, CHIP), first_free + f, first_con + c
 
 

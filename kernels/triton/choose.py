@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from .blocks import block_max, segment_max, spread
-from .codes import listed_index
 from .level import e4m3_code, level_of
 from .scales import (
     FLT_MAX,

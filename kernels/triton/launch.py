@@ -24,7 +24,7 @@ from lowprec.numerics.scale import encode_scale
 from lowprec.numerics.stream import Stream
 
 from .layout import swizzled_size, unswizzle
-from .memory import Launch, arch_of, capability, memory_of, signed
+from .memory import Launch, arch_of, capability, in_pieces, memory_of, signed
 from .quantize import amax_kernel, quantize_kernel
 from .recipe import SCALE_TYPES, Recipe, recipe_of
 from .rotate import Turn, turn_arguments
@@ -112,6 +112,8 @@ def amax_launch(
     wide = [one.size if one else 0 for one in ((turn, turn_columns) if along else (turn_columns, turn))]
     lines, length, warps = (32, 128, 4) if not across else (128, 32, 1) if wide[1] > 16 >= wide[0] else (128, 128, 4)
     height, width = (lines, length) if along else (length, lines)
+    if in_pieces(x, pitch):
+        height, width, warps = _square(turn, turn_columns)
     constants |= constants_t | {
         "ALONG": along, "ROWS": height, "COLUMNS": width, "SPAN": span, "ROW_OUT": row_out, "COLUMN_OUT": column_out,
         "PLAIN": plain, "FULL": not (n % height or k % width), "CHIP": chip,
@@ -190,6 +192,8 @@ def prepare(
     crowded = stream is not None and convert != "rs"
     crowded |= convert == "software" and recipe.bits == 4 and recipe.element != "e2m1"
     height, width, warps = _tile(recipe, along, (turn, turn_columns), (rows, columns), crowded)
+    if in_pieces(x, pitch):
+        height, width, warps = _square(recipe.free, recipe.con, 128 if groups else 0, turn, turn_columns)
     constants = {
         "F": recipe, "ALONG": along, "ROWS": height, "COLUMNS": width, "ROW_OUT": rows, "COLUMN_OUT": columns,
         "CONVERT": convert, "STOCHASTIC": stream is not None, "WHOLE": (k if along else n) % 8 == 0,
@@ -225,6 +229,12 @@ def _tile(recipe: Recipe, along: bool, turns: tuple[Turn | None, Turn | None], o
         lines, length, warps = 128, 128, 4
     warps *= 2 if recipe.second else 1
     return (lines, length, warps) if along else (length, lines, warps)
+
+
+def _square(*needed: int | Turn | None) -> tuple[int, int, int]:
+    """The tile of a matrix that is loaded element by element: few to a thread, for whom they are gathered."""
+    sizes = [one.size if isinstance(one, Turn) else one or 0 for one in needed]
+    return (64, 64, 4) if max(sizes) <= 64 else (128, 128, 16)
 
 
 def maxima(

@@ -54,6 +54,11 @@ def memory_of(x: Tensor) -> tuple[Tensor, bool, int]:
     return x, along, pitch
 
 
+def in_pieces(x: Tensor, pitch: int) -> bool:
+    """Whether lines begin where no 16 bytes can be read at once, so that every element is loaded by itself."""
+    return bool(pitch % 16 or x.data_ptr() % 16)
+
+
 def signed(word: int) -> int:
     """A word of 32 bits as the int that an i32 argument holds."""
     return word - (1 << 32) if word >= 1 << 31 else word

@@ -128,19 +128,22 @@ def quantize_tile(x_ptr, codes_ptr, scales_ptr, level_ptr, amax_ptr, free, con, 
     store_level(level_ptr, level, free, con, tile_free, tile_con, F, ALONG, FREE, SEGMENTS)
     store_scales(scales_ptr, scale, f, c, free, con, tile_free, tile_con, F, ALONG, FREE, SEGMENTS, SWIZZLE, FULL)
 
-    y0 = times(low, multiplier, ALONG, CHIP)
-    y1 = times(high, multiplier, ALONG, CHIP)
-    n0, n1, w0, w1, w2, w3 = y0, y1, y0, y0, y0, y0
+    w0, w1, w2, w3 = 0, 0, 0, 0
     if STOCHASTIC and CONVERT == "rs":
         at = f.to(tl.int64) * (words * 8) + c
         w0, w1, w2, w3 = philox(at >> 4, key_low, key_high, step, micro)
-    elif STOCHASTIC:
-        n0 = tile_noise(0, f, c, first_f, first_c, free, con, key_low, key_high, step, micro, ALONG, FREE, SEGMENTS,
-                        WHOLE)  # fmt: skip
-        n1 = tile_noise(8, f, c, first_f, first_c, free, con, key_low, key_high, step, micro, ALONG, FREE, SEGMENTS,
-                        WHOLE)  # fmt: skip
-    a = words_of(y0, n0, w0, w1, F, CONVERT, STOCHASTIC, second)
-    b = words_of(y1, n1, w2, w3, F, CONVERT, STOCHASTIC, second)
+    y = times(low, multiplier, ALONG, CHIP)  # one half after the other: noise for both would not fit into registers
+    noise = y
+    if STOCHASTIC and CONVERT != "rs":
+        noise = tile_noise(0, f, c, first_f, first_c, free, con, key_low, key_high, step, micro, ALONG, FREE, SEGMENTS,
+                           WHOLE)  # fmt: skip
+    a = words_of(y, noise, w0, w1, F, CONVERT, STOCHASTIC, second)
+    y = times(high, multiplier, ALONG, CHIP)
+    noise = y
+    if STOCHASTIC and CONVERT != "rs":
+        noise = tile_noise(8, f, c, first_f, first_c, free, con, key_low, key_high, step, micro, ALONG, FREE, SEGMENTS,
+                           WHOLE)  # fmt: skip
+    b = words_of(y, noise, w2, w3, F, CONVERT, STOCHASTIC, second)
     PER: tl.constexpr = 2 if F.bits == 4 else 4
     out = tl.join(a[0], b[0]) if F.bits == 4 else tl.join(tl.join(a[0], b[0]), tl.join(a[1], b[1]))
     out = tl.reshape(out, (R, PER))

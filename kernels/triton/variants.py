@@ -112,6 +112,8 @@ def variants() -> list[Variant]:
         _quantize("nvfp4", both, "nearest", 18.0, **turned),
         _quantize("nvfp4", both, "stochastic", **turned),
         _quantize("nvfp4", both, "hardware stochastic", 27.0, **turned),
+        _quantize("mxfp4", "rows rotated by 32", "nearest", None, Turn(32, 0b1001_0110), word="rotate"),
+        _quantize("nvfp4", "rows rotated by 128", "nearest", None, Turn(128, 0b1001_0110 << 60), word="rotate"),
         _quantize("nvfp4_46", "rows", "nearest", word="choose"),
         _quantize("nvfp4_46", "rows + columns", "nearest", word="choose"),
         _quantize("if4", "rows", "nearest", word="choose"),

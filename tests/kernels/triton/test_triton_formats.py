@@ -35,6 +35,8 @@ MORE = {  # combinations that have no name of their own
     )
 }
 ACCEPTED = {n: f for n, f in (FORMATS | MORE).items() if n not in REFUSED}
+# one of each kind is rounded stochastically too
+DRAWN = {(f.element, f.scale, f.block[1], f.tensor_scale): n for n, f in ACCEPTED.items() if not f._chooses}.values()
 
 
 def edges(rows: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -66,22 +68,22 @@ def test_all_named_formats_but_those_of_other_statistics_are_accepted() -> None:
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_rows_and_columns_of_edge_values(name: str) -> None:
-    """Ragged in both axes, fp32; tensors with one scale get their range from the ordinary numbers too."""
+    """Ragged in both axes, fp32; stochastically without the largest numbers, beside which others are zero."""
     f, x = ACCEPTED[name], edges(21, 75)
     check(f, x, False)
-    moderate = x.where(x.abs() < 1e4, torch.zeros(()))
-    check(f, moderate, not f._chooses)
+    if name in DRAWN:
+        check(f, x.where(x.abs() < 1e4, torch.zeros(())), True, columns=False)
 
 
-@pytest.mark.parametrize("name", ["nvfp4_46", "if4", "nvfp4_double", "nvfp4_ue5m3", "int8_1x32_pow2", "int4_row"])
+@pytest.mark.parametrize("name", ["nvfp4_46", "if4", "nvfp4_double", "int4_row"])
 def test_other_shapes_dtypes_and_strides(name: str) -> None:
     f = ACCEPTED[name]
-    for x in (hard(1, 40), hard(48, 136).T, hard(16, 300)[:, 8:280], edges(16, 16, torch.bfloat16)):
+    for x in (hard(1, 40), hard(48, 136).T, edges(16, 32, torch.bfloat16)[:, 8:24]):
         check(f, x, False)
     check(f, hard(40, 24).T, not f._chooses)
 
 
-@pytest.mark.parametrize("name", ["nvfp4_46", "if4", "nvfp4_double", "nvfp4_row", "nvfp4_ue5m3", "int8_row", "row_46"])
+@pytest.mark.parametrize("name", ["nvfp4_46", "if4", "nvfp4_double", "nvfp4_row", "nvfp4_ue5m3", "int8_row"])
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
 def test_poison(name: str, bad: float) -> None:
     f, x = ACCEPTED[name], hard(20, 136)
@@ -89,9 +91,9 @@ def test_poison(name: str, bad: float) -> None:
     check(f, x, False)
 
 
-@pytest.mark.parametrize("name", ["nvfp4_46", "nvfp4_ue5m3_2d", "if4"])
+@pytest.mark.parametrize("name", ["nvfp4_ue5m3", "if4"])
 def test_swizzled_scales_of_two_levels(name: str) -> None:
-    check(ACCEPTED[name], hard(130, 80), False, swizzle=True)
+    check(ACCEPTED[name], hard(130, 80), False, columns=False, swizzle=True)
 
 
 @pytest.mark.parametrize("name", ["nvfp4_46", "nvfp4_row", "nvfp4_ue5m3"])
