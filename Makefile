@@ -17,7 +17,7 @@ RUN_ENV := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
 DEV_ENV := $(if $(RUN_ENV),$(VENV)/.installed-dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart check lint format types imports test test-distributed bench gpu-check docs env dev clean
+.PHONY: help quickstart check lint format types imports test test-distributed bench gpu-check kernel-report docs env dev clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -51,7 +51,10 @@ bench: $(RUN_ENV)  ## one linear layer, forward + backward, every recipe against
 	$(PY) tools/bench_linear.py $(ARGS)
 
 gpu-check: $(RUN_ENV)  ## on a GPU: every kernel and backend against the definition, then their speed against bf16
-	$(PY) -m lowprec.tools.gpu_check $(ARGS)
+	$(PY) tools/gpu_check.py $(ARGS)
+
+kernel-report: $(DEV_ENV)  ## docs/kernels.md anew: what every Triton kernel costs by its machine code (no GPU needed; minutes)
+	$(PY) tools/kernel_report.py --update $(ARGS)
 
 docs: $(RUN_ENV)  ## docs/recipes.md anew: equations and texts from the YAML, figures measured where a recipe has changed
 	$(PY) -m lowprec.tools.recipe_page $(ARGS)

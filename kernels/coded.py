@@ -205,15 +205,23 @@ def prepared(
 
 def _fused(rotation: Any, x: Tensor, stream: Stream, role: str) -> tuple[Any, Tensor]:
     """(rotation that the quantise kernel makes, x as it takes it): one block of 16 to 128, or x rotated before."""
-    from lowprec.kernels.triton.rotate import SIZES, Turn
+    from lowprec.kernels.triton.rotate import SIZES
 
     if rotation is None:
         return None, x
     if rotation.size not in SIZES or rotation.rounds != 1:
         return None, rotated(x, rotation, stream, role)
     if rotation.signs == "step":
-        return Turn.of(rotation.size, stream.signs(f"{role}.signs", rotation.size)), x
+        return _step_turn(rotation.size, stream, role), x
     return _fixed_turn(rotation.size, rotation.signs == "fixed"), x
+
+
+@lru_cache(maxsize=64)
+def _step_turn(size: int, stream: Stream, role: str) -> Any:
+    """Both operands of a product have the same signs, and drawing them takes the host half a millisecond."""
+    from lowprec.kernels.triton.rotate import Turn
+
+    return Turn.of(size, stream.signs(f"{role}.signs", size))
 
 
 @lru_cache(maxsize=16)

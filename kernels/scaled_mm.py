@@ -104,7 +104,17 @@ def _refuse_formats(gemm: Any) -> str | None:
         return "torch's CUDA builds multiply no MXFP4"
     if a.element == b.element == "e5m2":
         return "the library does not multiply E5M2 by E5M2"
+    if "e5m2" in (a.element, b.element) and coded.kind(a) in ("mxfp8", "fp8_blocks"):
+        return "the library multiplies block-scaled FP8 in E4M3 only"
+    if b.element == "e5m2" and (1, 0) in (a.block, b.block):
+        return "the library takes E5M2 with one scale a row on the left only"
+    if coded.kind(a) == "fp8_blocks" and torch.version.cuda and _cuda() < (12, 9):
+        return "FP8 in blocks of 128 needs a torch built with CUDA 12.9 or later"
     return None
+
+
+def _cuda() -> tuple[int, ...]:
+    return tuple(int(part) for part in str(torch.version.cuda).split(".")[:2])
 
 
 def arguments(a: Coded, b: Coded, out_dtype: torch.dtype) -> tuple[dict[str, Any], Tensor | None]:

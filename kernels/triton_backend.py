@@ -14,6 +14,7 @@ Tensors on the CPU are served only inside of `lowprec.kernels.testing.interprete
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import sys
 from typing import Any
@@ -63,7 +64,11 @@ class TritonBackend:
             reason = refuse_device(device, LEAST)
             if reason:
                 return reason
-        return coded.refuse_operands(gemm, role, dtype, (m, n, k))
+        reason = coded.refuse_operands(gemm, role, dtype, (m, n, k))
+        if reason is None and device.type == "cuda" and coded.kind(gemm.a.format) == "nvfp4":
+            old = torch.cuda.get_device_capability(device) < (10, 0) and _version() < (3, 8)
+            return "this Triton cannot widen NVFP4 below compute capability 10.0; install 3.8 or later" if old else None
+        return reason
 
     def prepare(
         self,
@@ -95,6 +100,11 @@ class TritonBackend:
     def unpacked(self, prepared: Coded, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """values * block scales (rows, k) in ``dtype``, and the tensor scale () or (rows, 1)."""
         return prepared.unpacked(dtype)
+
+
+def _version() -> tuple[int, ...]:
+    """Triton's, without importing it."""
+    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
 
 
 def _swizzled(gemm: Any) -> bool:

@@ -7,10 +7,11 @@
     lowprec-eval runs/nvfp4 --tasks mine --include-path my/tasks              # a task of your own, no network
 
 One process, whatever layout wrote the checkpoint. The batches are the run's own validation data, so the first two rows
-equal `val_loss` and `val_loss_high_precision` of metrics.jsonl. A `--precision` is a file of recipes/precision or a
-path, with that file's own rules: layers that it quantises have their weights and activations quantised to it in the
-forward pass, nothing is trained or calibrated; a schedule in it is not followed. Tasks run one sequence at a time,
-since scales that span a batch would make a score depend on what else is in it.
+equal `val_loss` and `val_loss_high_precision` of metrics.jsonl (unless the probe after that very step raised a layer).
+A `--precision` is a file of recipes/precision or a path, with that file's own rules: layers that it quantises have
+their weights and activations quantised to it in the forward pass, nothing is trained or calibrated; a schedule in it is
+not followed. Tasks run one sequence at a time, since scales that span a batch would make a score depend on what else is
+in it.
 
 Exit codes: 0 · 2 the command, the run or a task is wrong.
 """
@@ -81,6 +82,7 @@ def evaluate(run_dir: Path, step: int | None, precisions: list[str], tasks: Task
     """
     nodes = {name: read_file(name) for name in precisions}  # before the work: a name may be wrong
     loaded = open_run(run_dir, step)
+    loaded.plan.at(max(loaded.step - 1, 0) / loaded.run.train.steps)  # the precision of the step that was done last
     scores = []
     for name, context in ((TRAINED, nullcontext()), (UNQUANTISED, loaded.plan.high_precision())):
         with context:

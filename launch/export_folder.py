@@ -7,10 +7,10 @@ Which layers are packed: those whose forward product quantises its weight under 
 to that very format, or under another precision file (post-training quantisation). The weight is first rounded to the
 dtype that training multiplied in, as training does. Everything else is written as bf16 (or fp32).
 
-Engines join q, k and v, and gate and up, into one matrix and keep *one* tensor scale of it, the largest: under scales
-of their own the others would decode wrongly. So by default such layers are quantised by their common maximum. Block
-scales are then rounded at another point than in training: other numbers of the same accuracy. With `own_scales` every
-layer keeps the numbers that training computed with, for readers that join nothing.
+Engines join q, k and v, and gate and up, into one matrix and keep *one* tensor scale of it, the largest number found:
+under scales of their own the others would decode wrongly. So by default such layers are quantised by their common
+maximum. Block scales are then rounded at another point than in training: other numbers of the same accuracy. With
+`own_scales` every layer keeps the numbers that training computed with, for readers that join nothing.
 """
 
 import json
@@ -142,17 +142,34 @@ def _refusal(layer: QuantizedLinear, options: Options) -> str | None:
     return None
 
 
+def joined(name: str) -> list[str]:
+    """The layers that engines join with this one, itself among them; none if they do not."""
+    for parts in JOINED:
+        for part in parts:
+            if name.endswith(part):
+                return [name.removesuffix(part) + other for other in parts]
+    return []
+
+
+def unlike(chosen: Mapping[str, Packing], plain: list[str]) -> list[str]:
+    """Remarks on layers that engines join but that are not packed alike."""
+    how = {name: packing.choice for name, packing in chosen.items()}
+    odd = [name for name in plain if any(other in how for other in joined(name))]
+    odd += [name for name in how if len({how[other] for other in joined(name) if other in how}) > 1]
+    names = dict.fromkeys(tuple(joined(name)) for name in odd)
+    return [f"{', '.join(members)} are not packed alike: an engine that joins them refuses them" for members in names]
+
+
 def common_maxima(chosen: Mapping[str, Packing], run: Run, load: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """By layer, the maximum () of all layers that engines join with it, where one scale spans a tensor."""
     found: dict[str, Tensor] = {}
     for name, packing in chosen.items():
-        family = next((f for f in JOINED if name.endswith(f)), None)
-        if name in found or family is None or packing.format.amax_of != "tensor" or packing.format.rule != "absmax":
+        if name in found or packing.format.amax_of != "tensor" or packing.format.rule != "absmax":
             continue
-        block = name[: -len(next(part for part in family if name.endswith(part)))]
-        members = [block + part for part in family if chosen.get(block + part) == packing]
-        amax = torch.stack([load(f"{member}.weight").to(DTYPES[run.train.dtype]).abs().amax() for member in members])
-        found |= dict.fromkeys(members, amax.amax().float())
+        members = [member for member in joined(name) if chosen.get(member) == packing]
+        if len(members) > 1:
+            maxima = [load(f"{member}.weight").to(DTYPES[run.train.dtype]).abs().amax() for member in members]
+            found |= dict.fromkeys(members, torch.stack(maxima).amax().float())
     return found
 
 
@@ -271,6 +288,7 @@ def export(run_dir: Path, step: int | None, out: Path | None, options: Options) 
             shards.add(named, {} if scale is None else {module: scale})
         shards.close()
         remarks = _about_model(draft, run, options, {modules[n]: p.choice for n, p in chosen.items()}, plain_modules)
+        remarks += unlike(chosen, plain)
         os.replace(draft, out)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)

@@ -45,6 +45,9 @@ class Harness(TemplateLM):
         for _texts, context, continuation in requests:
             tokens = (context + continuation)[-(self.longest + 1) :]
             count = min(len(continuation), len(tokens) - 1)  # of what is too long, the end
+            if count < 1:  # nothing to predict
+                found.append((0.0, True))
+                continue
             logits_TV = self._logits(tokens[:-1])[-count:]
             wanted_T = torch.tensor(tokens[-count:], device=logits_TV.device)
             chosen_T = logits_TV.log_softmax(-1).gather(1, wanted_T[:, None])

@@ -68,6 +68,8 @@ def quantization_config(layout: str, packed: dict[str, Choice], plain: Sequence[
 
     packed: the modules that hold codes. plain: the linear layers that do not.
     """
+    if layout != "modelopt":
+        plain = _spellings(plain)
     if layout == "deepseek":
         return {
             "quant_method": "fp8",
@@ -79,7 +81,8 @@ def quantization_config(layout: str, packed: dict[str, Choice], plain: Sequence[
     kinds = list(dict.fromkeys(packed.values()))
     groups: dict[str, dict[str, Any]] = {}
     for number, kind in enumerate(kinds):
-        targets = ["Linear"] if len(kinds) == 1 else [name for name, choice in packed.items() if choice == kind]
+        members = [name for name, choice in packed.items() if choice == kind]
+        targets = ["Linear"] if len(kinds) == 1 else members if layout == "modelopt" else _spellings(members)
         groups[f"group_{number}"] = {"targets": targets, **_group(kind)}
     if layout == "modelopt":
         details = _details(packed, plain)
@@ -102,6 +105,11 @@ def quantization_config(layout: str, packed: dict[str, Choice], plain: Sequence[
         "config_groups": groups,
         "ignore": list(plain),
     }
+
+
+def _spellings(names: Sequence[str]) -> list[str]:
+    """Nemotron-H begins with `backbone.` in files and `model.` inside transformers 5, which looks for the latter."""
+    return [*names, *("model." + name.removeprefix("backbone.") for name in names if name.startswith("backbone."))]
 
 
 def _group(kind: Choice) -> dict[str, Any]:

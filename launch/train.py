@@ -246,7 +246,13 @@ def compose_run(overrides: list[str], config_dirs: list[Path]) -> DictConfig:
     # free mappings to Hydra: `++` lets any key through to its own reader, which knows what is valid
     wishes = [f"++{o}" if o.startswith(("precision.", "parallel.deepspeed.")) else o for o in overrides]
     with initialize_config_module("lowprec.recipes", version_base="1.3"):
-        config = compose("train", overrides=[f"hydra.searchpath=[{search}]", *wishes] if search else wishes)
+        try:
+            config = compose("train", overrides=[f"hydra.searchpath=[{search}]", *wishes] if search else wishes)
+        except AttributeError:  # what OmegaConf says to a mapping where the file has null
+            raise ValueError(
+                "a setting that is null in its file cannot be given a mapping: choose a file that has one, such as "
+                "model=nemotron_h_tiny for model.mamba, and change its keys"
+            ) from None
     if not config.name:
         with open_dict(config):
             config.name = next(o.partition("=")[2] for o in overrides if o.startswith("recipe="))

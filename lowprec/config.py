@@ -156,7 +156,10 @@ def _steps_of_tokens(tokens: Any, *, _root_: DictConfig) -> int:
         number = math.nan
     if not 0 < number < math.inf:
         raise ValueError(f"${{steps:{tokens}}} is no number of tokens: write for example ${{steps:10e12}}")
-    return max(1, round(number / (_root_.train.global_batch * _root_.data.seq_len)))
+    tokens_per_step = _root_.train.global_batch * _root_.data.seq_len
+    if tokens_per_step < 1:
+        raise ValueError(f"train.global_batch={_root_.train.global_batch} and data.seq_len must be at least 1")
+    return max(1, round(number / tokens_per_step))
 
 
 OmegaConf.register_new_resolver("steps", _steps_of_tokens, replace=True)

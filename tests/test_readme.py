@@ -50,7 +50,10 @@ def local(command: str) -> list[str]:
         "torchrun": "torch.distributed.run",
         "lowprec-train": "lowprec.launch.train",
         "lowprec-prepare": "lowprec.launch.prepare",
+        "lowprec-eval": "lowprec.launch.evaluate",
         "lowprec-export": "lowprec.launch.export",
+        "lowprec-plan": "lowprec.tools.plan",
+        "lowprec-report": "lowprec.tools.run_report",
         "lowprec-sweep": "lowprec.launch.sweep",
         "lowprec-scaling": "lowprec.tools.fit_scaling",
         "lowprec-numerics": "lowprec.tools.numerics",
@@ -119,6 +122,23 @@ def exports(command: str, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     run([str({"runs/long": tmp_path / "run", "model.safetensors": file}.get(w, w)) for w in local(command)], tmp_path)
     assert file.stat().st_size > 1_000_000
+
+
+def packs(command: str, tmp_path: Path) -> None:
+    """The same, of a run of two small steps."""
+    trains("lowprec-train recipe=nvfp4_tiny", tmp_path)
+    run(
+        [str({"runs/long": tmp_path / "run", "packed": tmp_path / "packed"}.get(w, w)) for w in local(command)],
+        tmp_path,
+    )
+    assert (tmp_path / "packed" / "config.json").exists()
+
+
+def reads_a_run(command: str, tmp_path: Path) -> None:
+    """The same, of a run of two small steps."""
+    trains("lowprec-train recipe=nvfp4_tiny", tmp_path)
+    words = [str(tmp_path / "run") if word.startswith("runs/") else word for word in local(command)]
+    assert "mxfp4" in run(words, tmp_path) if "eval" in command else run(words, tmp_path)
 
 
 def has_help(command: str, tmp_path: Path) -> None:
@@ -192,6 +212,11 @@ HOW: dict[str, Callable[[str, Path], None]] = {
     "python tools/plan.py --parallel recipe=nvfp4_130m --world 64 --per-node 8 --hardware h100_sxm": prints,
     "python tools/kill_table.py --quick": has_help,
     "lowprec-export runs/long --out model.safetensors": exports,
+    "lowprec-export runs/long --format compressed-tensors --out packed": packs,
+    "lowprec-eval runs/long --precision mxfp4": reads_a_run,
+    "lowprec-plan recipe=nvfp4_12b devices=256 device=b200": prints,
+    "lowprec-train recipe=nvfp4_12b_tiny probe.every=25": trains,
+    "lowprec-report runs/nvfp4_12b_tiny": reads_a_run,
     ".venv/bin/torchrun --nproc-per-node 8 launch/train.py recipe=nvfp4_130m": composes,
     "lowprec-train recipe=nvfp4_tiny train.checkpoint_every=100 run.dir=runs/long": trains,
     "lowprec-train recipe=nvfp4_tiny monitor.wandb=offline": trains,

@@ -3,6 +3,7 @@
     python tools/bench_linear.py
     python tools/bench_linear.py --shape 2048 256 704 --recipes nvfp4,quartet2 --reps 9 --threads 1
     python -m lowprec.tools.bench_linear --quick --recipes all --json
+    python tools/bench_linear.py --device cuda --recipes nvfp4,mxfp8,fp8_blockwise --shape 16384 4096 14336
 
 One linear layer, forward and backward, in bf16 activations with fp32 master weights. Every measurement of a recipe
 stands between one of an unquantised bf16 ``nn.Linear`` and one of an fp32 ``nn.Linear``; a row shows the median of the
@@ -15,6 +16,10 @@ A row cannot be quick by being wrong: the signal-to-noise ratio of y, dx and dw 
 tensors must be, within a tenth of a decibel, that of the same layer with operands quantised by their plain-torch
 definition (``backend: torch``). Too low is an error, and too high means that something was not quantised. Exit code 1
 if a row fails.
+
+``--device cuda`` measures every backend for GPUs that serves a recipe, by CUDA events, and beside it the nearest layer
+of TransformerEngine and of torchao where they are installed; what a backend refuses is listed below the table with its
+reason. It has not run on a GPU of ours.
 """
 
 import argparse
@@ -23,9 +28,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # run as a script: the folder that holds the package takes the place of tools/
     sys.path[0] = str(next(p for p in Path(__file__).resolve().parents if (p / "lowprec" / "__init__.py").exists()))
@@ -39,6 +45,7 @@ from lowprec.linear.backends import CHOICES, choose
 from lowprec.linear.call import padded_sizes
 from lowprec.linear.precision import RECIPES_FOLDER, load_precision
 from lowprec.numerics import sqnr_db
+from lowprec.tools.bench_peers import PEERS, peer
 
 TOLERANCE_DB = 0.1  # only orders of fp32 sums, and codes at ties after a rounding of such sums, may differ
 TARGETS = {
@@ -47,6 +54,8 @@ TARGETS = {
 }  # fmt: skip
 """Time of forward and backward over that of a bf16 ``nn.Linear``, at most."""
 QUICK_SHAPE, QUICK_REPS = (512, 256, 512), 3
+GPU_BACKENDS = tuple(name for name in ("scaled_mm", "triton", "te", "torch") if name in CHOICES)
+WARM_UP = 3  # runs before the first measurement
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class Row:
     expected_y: float
     expected_dx: float
     expected_dw: float
+    te: float | str | None = None  # on a GPU: time of TransformerEngine's layer over that of bf16, or why there is none
+    torchao: float | str | None = None
 
     @property
     def right(self) -> bool:
@@ -81,14 +92,14 @@ class Problem:
     exact: tuple[Tensor, Tensor, Tensor]
 
     @staticmethod
-    def draw(tokens: int, in_features: int, out_features: int) -> "Problem":
-        """Gaussian tensors, the same on every call."""
+    def draw(tokens: int, in_features: int, out_features: int, device: str = "cpu") -> "Problem":
+        """Gaussian tensors, the same on every call and every device."""
         generator = torch.Generator().manual_seed(0)
         x, dy, w = (
             torch.randn(shape, generator=generator)
             for shape in ((tokens, in_features), (tokens, out_features), (out_features, in_features))
         )
-        x, dy, w = x.bfloat16(), dy.bfloat16(), w * in_features**-0.5
+        x, dy, w = x.bfloat16().to(device), dy.bfloat16().to(device), (w * in_features**-0.5).to(device)
         x64, dy64, w64 = x.double(), dy.double(), w.bfloat16().double()
         return Problem(x, dy, w, (x64 @ w64.T, dy64 @ w64, dy64.T @ x64))
 
@@ -96,8 +107,9 @@ class Problem:
         """A quantised layer with these weights."""
         out_features, in_features = self.w_NK.shape
         layer = QuantizedLinear(
-            in_features, out_features, bias=False, recipe=load_recipe(recipe), policy=Policy(backend)
-        )
+            in_features, out_features, bias=False, device=self.w_NK.device, recipe=load_recipe(recipe),
+            policy=Policy(backend),
+        )  # fmt: skip
         layer.weight.data.copy_(self.w_NK)
         return layer
 
@@ -128,38 +140,55 @@ def backend_names(layer: QuantizedLinear, tokens: int) -> str:
     """The backends that serve the three products, as one word where they agree."""
     t, n, k = tokens, layer.out_features, layer.in_features
     names = []
-    wanted, cpu = layer.policy, torch.device("cpu")
+    wanted, device = layer.policy, layer.weight.device
     for role, sizes in {"fprop": (t, n, k), "dgrad": (t, k, n), "wgrad": (n, k, t)}.items():
         gemm = getattr(layer.recipe, role)
         padded = padded_sizes(gemm, *sizes, wanted.pad)
-        names.append(choose(wanted.backend, gemm, role, *padded, torch.bfloat16, cpu)[0].name)
+        names.append(choose(wanted.backend, gemm, role, *padded, torch.bfloat16, device)[0].name)
     return names[0] if len(set(names)) == 1 else "/".join(names)
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+def _seconds(run: Callable[[], object], device: str = "cpu") -> float:
+    """Time of one run; on a GPU between two events of its stream, gaps between launches included."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
     run()
-    return time.perf_counter() - begin
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
-def measure(recipes: list[str], shape: tuple[int, int, int], reps: int, backend: str) -> list[Row]:
+def missing_gpu() -> str | None:
+    """Why nothing can be measured on a GPU here, or None."""
+    if torch.cuda.is_available():
+        return None
+    built = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU or driver"
+    return f"no CUDA device: {built} (torch {torch.__version__})"
+
+
+def measure(recipes: list[str], shape: tuple[int, int, int], reps: int, backend: str, device: str = "cpu") -> list[Row]:
     """Benchmark recipes on one shape (tokens, in, out).
 
     Raises:
         ValueError: if a recipe or the backend is unknown, or the backend refuses a product.
     """
-    problem = Problem.draw(*shape)
-    plain = nn.Linear(shape[1], shape[2], bias=False)
-    bf16 = problem.step(nn.Linear(shape[1], shape[2], bias=False, dtype=torch.bfloat16), torch.bfloat16)
-    fp32 = problem.step(plain, torch.float32)
+    problem = Problem.draw(*shape, device)
+    plain = nn.Linear(shape[1], shape[2], bias=False, device=device)
+    low = nn.Linear(shape[1], shape[2], bias=False, device=device, dtype=torch.bfloat16)
+    bf16, fp32 = problem.step(low, torch.bfloat16), problem.step(plain, torch.float32)
     layers = {recipe: problem.layer(recipe, backend) for recipe in recipes}
     steps = {recipe: problem.step(layer, torch.bfloat16) for recipe, layer in layers.items()}
     ratios: dict[str, list[tuple[float, float]]] = {recipe: [] for recipe in recipes}
     for run in (bf16, fp32, *steps.values()):
-        run()  # builds, caches, first touches
+        for _ in range(1 if device == "cpu" else WARM_UP):
+            run()  # builds, caches, first touches
     for _ in range(reps):
         for recipe, run in steps.items():
-            before, own, after = _seconds(bf16), _seconds(run), _seconds(fp32)
+            before, own, after = _seconds(bf16, device), _seconds(run, device), _seconds(fp32, device)
             ratios[recipe].append((own / before, own / after))
     rows = []
     for recipe, layer in layers.items():
@@ -169,16 +198,53 @@ def measure(recipes: list[str], shape: tuple[int, int, int], reps: int, backend:
     return rows
 
 
+def measure_backends(
+    recipes: list[str], shape: tuple[int, int, int], reps: int, backends: Iterable[str], device: str
+) -> tuple[list[Row], list[str]]:
+    """(rows of all backends that serve a recipe, with the peers' ratios; why the others do not)."""
+    rows: list[Row] = []
+    refused = []
+    peers = {recipe: _peers(recipe, shape, reps, device) for recipe in recipes}
+    for recipe in recipes:
+        for backend in backends:
+            try:
+                found = measure([recipe], shape, reps, backend, device)
+            except ValueError as error:
+                refused.append(f"{recipe}: {error}")
+                continue
+            rows += [replace(row, **peers[recipe]) for row in found]
+    return rows, refused
+
+
+def _peers(recipe: str, shape: tuple[int, int, int], reps: int, device: str) -> dict[str, Any]:
+    """{"te": ratio to bf16 or a reason, "torchao": ...}"""
+    problem = Problem.draw(*shape, device)
+    bf16 = problem.step(nn.Linear(shape[1], shape[2], bias=False, device=device, dtype=torch.bfloat16), torch.bfloat16)
+    out: dict[str, Any] = {}
+    for library in PEERS:
+        step = peer(library, recipe, problem.x_TK, problem.dy_TN, problem.w_NK.bfloat16())
+        if isinstance(step, str):
+            out[library] = step
+            continue
+        for run in (bf16, step) * WARM_UP:
+            run()
+        pairs = [(_seconds(bf16, device), _seconds(step, device)) for _ in range(reps)]
+        out[library] = statistics.median(own / base for base, own in pairs)
+    return out
+
+
 def table(rows: list[Row]) -> str:
     """The rows as aligned text; SNR in dB, that of the definition in brackets."""
-    head = ("recipe", "backend", "/bf16", "target", "/fp32", "SNR y", "SNR dx", "SNR dw", "")
+    peers = list(PEERS) if any(r.te is not None for r in rows) else []
+    head = ("recipe", "backend", "/bf16", "target", "/fp32", "SNR y", "SNR dx", "SNR dw", *peers, "")
     cells: list[tuple[str, ...]] = [head]
     for r in rows:
         snr = ((r.snr_y, r.expected_y), (r.snr_dx, r.expected_dx), (r.snr_dw, r.expected_dw))
         verdict = "" if r.right else "WRONG: not as precise as its definition"
-        target = f"{TARGETS[r.recipe]:.2f}" if r.recipe in TARGETS else ""
+        target = f"{TARGETS[r.recipe]:.2f}" if r.recipe in TARGETS and not peers else ""
+        theirs = [v if isinstance(v, str) else f"{v:.2f}" for v in (getattr(r, name) for name in peers)]
         numbers = (f"{r.ratio_bf16:.2f}", target, f"{r.ratio_fp32:.2f}", *(f"{m:.1f} ({e:.1f})" for m, e in snr))
-        cells.append((r.recipe, r.backend, *numbers, verdict))
+        cells.append((r.recipe, r.backend, *numbers, *theirs, verdict))
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
@@ -205,6 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--backend", choices=CHOICES, default="auto", help="who computes the products (default: %(default)s)"
     )
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: all backends for GPUs, and peers")
     p.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     a = p.parse_args(argv)
     a.shape = a.shape or (QUICK_SHAPE if a.quick else (4096, 1024, 4096))
@@ -215,8 +282,15 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--reps and the sizes of --shape must be at least 1")
     if a.threads:
         torch.set_num_threads(a.threads)
+    refused: list[str] = []
     try:
-        rows = measure(recipes, tuple(a.shape), a.reps, a.backend)
+        if a.device == "cpu":
+            rows = measure(recipes, tuple(a.shape), a.reps, a.backend)
+        elif reason := missing_gpu():
+            raise ValueError(reason)
+        else:
+            wanted = GPU_BACKENDS if a.backend == "auto" else (a.backend,)
+            rows, refused = measure_backends(recipes, tuple(a.shape), a.reps, wanted, a.device)
     except ValueError as error:
         print(f"bench_linear: {error}", file=sys.stderr)
         return 2
@@ -224,8 +298,11 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps([{**asdict(row), "right": row.right} for row in rows], indent=2))
     else:
         t, k, n = a.shape
-        print(f"linear {k} -> {n}, {t} tokens, forward + backward, {torch.get_num_threads()} thread(s); time ratios\n")
+        where = f"{torch.get_num_threads()} thread(s)" if a.device == "cpu" else torch.cuda.get_device_name()
+        print(f"linear {k} -> {n}, {t} tokens, forward + backward, {where}; time ratios\n")
         print(table(rows))
+        for line in refused:
+            print(f"not measured: {line}")
     return 0 if all(row.right for row in rows) else 1
 
 

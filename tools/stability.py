@@ -41,7 +41,7 @@ def grid(folder: Path, recipe: str, overrides: list[str], rates: list[float], se
     ladder = {
         "recipe": recipe,
         "overrides": overrides,
-        "sizes": {f"lr{rate:g}": [f"optim.lr={rate:g}"] for rate in rates},
+        "sizes": {f"lr{rate:g}".replace("+", ""): [f"optim.lr={rate:g}"] for rate in rates},
         "tokens": [tokens],
         "precision": precisions,
         "seeds": list(range(seeds)),
@@ -58,12 +58,12 @@ def report(folder: Path, window: int, sigmas: float) -> dict[str, Any]:
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for cell in cells(read_ladder(str(folder / "ladder.yaml")), folder, [], [])[0]:
         records, word = read_metrics(cell.folder / "metrics.jsonl"), state_of(cell).word
-        if not records or word not in ("finished", "diverged"):
+        if word not in ("finished", "diverged") or (word == "finished" and not records):
             continue
         diverged, losses = word == "diverged", [record["loss"] for record in records]
         found.setdefault((cell.precision, cell.run.optim.lr), []).append({
             "final": None if diverged else records[-1].get("val_loss") or losses[-1],
-            "first": losses[0],
+            "first": next((loss for loss in losses if loss is not None), None),
             "diverged": diverged,
             "spiked": diverged or bool(spikes(losses, window, sigmas)),
             "score": spike_score(losses, window, sigmas),
@@ -80,7 +80,10 @@ def report(folder: Path, window: int, sigmas: float) -> dict[str, Any]:
             "spike_score": sum(run["score"] for run in runs) / len(runs),
             "final_loss": median(finals) if finals else None,
         })  # fmt: skip
-    first = median(run["first"] for runs in found.values() for run in runs)
+    firsts = [run["first"] for runs in found.values() for run in runs if run["first"] is not None]
+    if not firsts:
+        raise ValueError(f"every run of {folder} diverged before its first record: lower the learning rates")
+    first = median(firsts)
     sensitivity = {
         name: lr_sensitivity({row["lr"]: row["final_loss"] for row in rows if row["precision"] == name}, first)
         for name in dict.fromkeys(row["precision"] for row in rows)

@@ -24,7 +24,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 if __package__ in (None, ""):  # run as a script: the folder that holds the package takes the place of tools/
     sys.path[0] = str(next(p for p in Path(__file__).resolve().parents if (p / "lowprec" / "__init__.py").exists()))
@@ -169,10 +169,25 @@ def _default(node: ast.expr) -> object:
         return ast.literal_eval(node)
     except ValueError:
         text = ast.unparse(node)
-    if "getenv" not in text:
-        return text
-    unset = SimpleNamespace(getenv=lambda variable, default=None: default)
-    return eval(text, {"__builtins__": {}}, {"os": unset})  # a comparison with what getenv gives, no other name
+    return _unset(node) if "getenv" in text else text
+
+
+def _unset(node: ast.expr) -> Any:
+    """What an expression of one ``os.getenv`` is worth while the variable is not set. Raises ValueError for others."""
+    match node:
+        case ast.Constant():
+            return node.value
+        case ast.Call(func=ast.Attribute(attr="getenv"), args=[_, *rest]):
+            return ast.literal_eval(rest[0]) if rest else None
+        case ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]):
+            return _unset(left) == _unset(right)
+        case ast.Call(func=ast.Attribute(value=value, attr="upper"), args=[]):
+            return _unset(value).upper()
+        case ast.Call(func=ast.Name(id="int"), args=[value]):
+            return int(_unset(value))
+    raise ValueError(
+        f"cannot read the default {ast.unparse(node)!r} of a recipe; teach tools/te_signatures.py its form"
+    )
 
 
 PAGE_HEAD = """# Recipes by TransformerEngine

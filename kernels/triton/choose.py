@@ -242,10 +242,11 @@ def best(low, high, size, whole, s_enc, table, multiplier, scale, F: tl.constexp
 
     multiplier, scale: those of the first candidate.
     """
-    TARGETS: tl.constexpr = F.candidates // 2 if F.second else F.candidates
+    CANDIDATES: tl.constexpr = F.candidates  # Triton before 3.8 takes no field of a tuple as a bound
+    TARGETS: tl.constexpr = CANDIDATES // 2 if F.second else CANDIDATES
     error = error_of(low, high, size, whole, multiplier, scale, F, False, ALONG, FREE, SEGMENTS, CHIP)
     second = size != size  # nowhere yet: what is poisoned never compares
-    for i in tl.static_range(1, F.candidates):
+    for i in tl.static_range(1, CANDIDATES):
         m, s = candidate(size, whole, s_enc, table, F, i % TARGETS, INPUT_MAX, CHIP)
         e = error_of(low, high, size, whole, m, s, F, i >= TARGETS, ALONG, FREE, SEGMENTS, CHIP)
         better = e < error

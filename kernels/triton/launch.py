@@ -49,9 +49,7 @@ class Quantized:
     def qtensor(self) -> QTensor:
         """Unpacked, the padding and the swizzle undone."""
         rows, k = self.shape
-        codes = torch.empty(rows, k, dtype=torch.uint8, device=self.words.device)
-        if rows and k:
-            codes = QTensor.unpack(self.packed, self.format)[:, :k].contiguous()
+        codes = QTensor.unpack(self.packed, self.format)[:, :k].contiguous()
         scales = self.scales
         free, con = self.format.block
         if self.swizzled:

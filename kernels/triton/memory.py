@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,13 @@ class Launch:
     warps: int
 
     def __call__(self) -> None:
-        self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, enable_fp_fusion=False)
+        if self.grid[1] > 65535:
+            raise ValueError(
+                f"The matrix takes {self.grid[1]} programs of rows, and CUDA starts 65535: split it by rows."
+            )
+        device = next(value.device for value in self.args.values() if isinstance(value, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton asks for the current one
+            self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, enable_fp_fusion=False)
 
 
 def arch_of(x: Tensor) -> str:
@@ -45,10 +52,11 @@ def memory_of(x: Tensor) -> tuple[Tensor, bool, int]:
     """x with a unit stride, whether that is the last axis's, and the other stride."""
     if x.dim() != 2 or x.dtype not in DTYPES:
         raise ValueError(f"Expected a matrix of fp32, bf16 or fp16, got {x.dtype} of shape {tuple(x.shape)}.")
-    if 1 not in x.stride():
-        x = x.contiguous()
-    along = x.stride(1) == 1 and not (x.stride(0) == 1 and x.shape[1] > 1 and x.shape[0] > 1)
-    pitch = x.stride(0) if along else x.stride(1)
+    along = x.stride(0) >= x.stride(1)  # as `Stream.noise_like` sees it, which indexes noise by memory
+    lines = x if along else x.T
+    if lines.stride(1) != 1:
+        lines = lines.contiguous()
+    x, pitch = (lines if along else lines.T), lines.stride(0)
     if pitch >= LONGEST:
         raise ValueError(f"Lines of a matrix lie {pitch} elements apart; kernels take fewer than {LONGEST}: split it.")
     return x, along, pitch

@@ -63,7 +63,8 @@ def store_scales(scales_ptr, scale, f, c, free, con, tile_free, tile_con, F: tl.
         else:
             inside = (block_f < tl.cdiv(free, F.free) - first_f) & (block_c < columns - first_c)
         if SWIZZLE:
-            for i in tl.static_range(F.free):
+            REPEATS: tl.constexpr = F.free  # Triton before 3.8 takes no field of a tuple as a bound
+            for i in tl.static_range(REPEATS):
                 row = (first_f + block_f) * F.free + i
                 at = scales_ptr + swizzled_offset(row, first_c + block_c, columns)
                 tl.store(at, scale, mask=inside & (row < free))

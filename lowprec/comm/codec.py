@@ -223,7 +223,9 @@ class Codec:
         """Triton's kernels, and a row of n values as they see it, where they are wanted and serve."""
         if wanted is None:
             wanted = rows.device.type == "cuda" and _has_triton()
-        if not wanted or not rows.numel() or len(rows) > 65535:  # which is CUDA's limit of programs
+        if (
+            not wanted or not rows.numel() or len(rows) > 65535 or n >= 1 << 31
+        ):  # CUDA's limit of programs; 32-bit places
             return None
         from lowprec.kernels.triton import wire
 

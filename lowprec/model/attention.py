@@ -29,7 +29,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from .config import ModelConfig
 from .norm import RMSNorm
@@ -140,8 +139,11 @@ def attend(q_BHTD: Tensor, k_BKUD: Tensor, v_BKUD: Tensor, bias_B1TU: Tensor | N
         return F.scaled_dot_product_attention(q_BHTD, k_BKUD, v_BKUD, is_causal=True, enable_gqa=True)
     group = q_BHTD.shape[1] // k_BKUD.shape[1]  # torch's masked GPU kernels know no grouped heads
     k_BHUD, v_BHUD = (x.repeat_interleave(group, dim=1) for x in (k_BKUD, v_BKUD))
-    mask = causal_lower_right(queries, keys) if bias_B1TU is None else bias_B1TU
-    return F.scaled_dot_product_attention(q_BHTD, k_BHUD, v_BHUD, attn_mask=mask)
+    if bias_B1TU is None:
+        from torch.nn.attention.bias import causal_lower_right  # imports Triton where there is one
+
+        bias_B1TU = causal_lower_right(queries, keys)
+    return F.scaled_dot_product_attention(q_BHTD, k_BHUD, v_BHUD, attn_mask=bias_B1TU)
 
 
 def _blocked(q_BHTD: Tensor, k_BKUD: Tensor, v_BKUD: Tensor, bias_B1TU: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ class QTensor:
         """Inverse of :meth:`pack`: stored codes -> one code per uint8 or int32, (rows, k)."""
         if format.bits > 4:
             return packed if format.bits <= 8 else packed.to(torch.int32) & 0xFFFF
-        return torch.stack([packed & 15, packed >> 4], dim=-1).reshape(packed.shape[0], -1)
+        return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
 
     def nbytes(self) -> int:
         """Bytes of packed codes, block scales and tensor scales."""

@@ -78,15 +78,21 @@ def styled() -> Any:
 
 def save(figure: Figure, stem: Path) -> str:
     """Writes `stem`.svg and `stem`.png; returns the SVG to be put into a page (no size, own ids, CSS colours)."""
-    buffer = io.StringIO()
-    with styled():  # drawn by the canvases themselves: Figure.savefig would draw everything twice
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    text = as_svg(figure)
+    with styled():
         figure.set_layout_engine("none")  # it is laid out now
         figure.dpi = 160
         FigureCanvasAgg(figure).print_png(stem.with_suffix(".png"), metadata={"Software": None})
-    text = buffer.getvalue()
     stem.with_suffix(".svg").write_text(text, encoding="utf-8")
     return embeddable(text, stem.name)
+
+
+def as_svg(figure: Figure) -> str:
+    """The file's text. Drawn by the canvas itself: Figure.savefig would draw everything twice."""
+    buffer = io.StringIO()
+    with styled():
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
 
 
 def embeddable(svg: str, name: str) -> str:

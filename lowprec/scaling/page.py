@@ -95,13 +95,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, sortable: bool 
     return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
-def figure(drawing: Drawing, svg: str) -> str:
-    """A drawing with its title, caption, and links to the files beside the page."""
-    files = f'<a href="{drawing.name}.svg">SVG</a> <a href="{drawing.name}.png">PNG</a>'
+def figure(drawing: Drawing, svg: str, *, files: bool = True) -> str:
+    """A drawing with its title and caption, and with links to the `files` beside the page."""
+    links = f' <a href="{drawing.name}.svg">SVG</a> <a href="{drawing.name}.png">PNG</a>' if files else ""
     svg = svg.replace("<svg ", f'<svg aria-label="{esc(drawing.title)}" ', 1)
     return (
         f'<figure id="{drawing.name}"><h3>{esc(drawing.title)}</h3>\n<div class="wide">{svg}</div>\n'
-        f"<figcaption>{esc(drawing.caption)} {files}</figcaption></figure>"
+        f"<figcaption>{prose(drawing.caption)}{links}</figcaption></figure>"
     )
 
 

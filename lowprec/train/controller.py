@@ -39,6 +39,7 @@ class Controller:
         self.rules, self.plan = list(rules), plan
         self.patterns = [self._pattern(i, rule, names) for i, rule in enumerate(self.rules)]
         self.streaks: dict[str, int] = {}  # "rule/layer" -> probes in a row that agree on a change
+        self.dropped: list[str] = []  # what a checkpoint had raised by rules that are no more
 
     def _pattern(self, i: int, rule: ProbeRule, names: list[str]) -> re.Pattern[str]:
         where = f"probe.rules[{i}]"
@@ -61,6 +62,10 @@ class Controller:
             raise ValueError(f"{where}.patience={rule.patience} must be at least 1 probe")
         if self.plan.precision.linear[rule.to].remembers:
             raise ValueError(f"{where}.to={rule.to}: a recipe that remembers cannot be entered on the way; take bf16")
+        if rule.to != "bf16" and any(self.plan.layers[name].cuts for name in names if name in self.plan.layers):
+            raise ValueError(
+                f"{where}.to={rule.to}: layers are cut over ranks (parallel.tp or cp), where only bf16 is sure to fit"
+            )
         pattern = compile_pattern(rule.match, names)
         if not any(pattern.fullmatch(name) for name in names):
             raise ValueError(f"{where}.match={rule.match!r} matches none of the layers that are probed")
@@ -109,6 +114,18 @@ class Controller:
         return {"raised": raised, "streaks": self.streaks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse; without an entry the plan is as it was written."""
-        self.plan.raised = {(name, gemm): (to, int(i)) for name, gemm, to, i in state.get("raised", [])}
-        self.streaks = dict(state.get("streaks", {}))
+        """Inverse; without an entry the plan is as it was written. What no present rule says is dropped."""
+        self.plan.raised, self.dropped = {}, []
+        for name, gemm, to, i in state.get("raised", []):
+            if self._says(int(i), name, gemm, to):
+                self.plan.raised[name, gemm] = (to, int(i))
+            else:
+                self.dropped.append(f"{name} {gemm} as in {to}")
+        self.streaks = {
+            key: n for key, n in state.get("streaks", {}).items() if int(key.partition("/")[0]) < len(self.rules)
+        }
+
+    def _says(self, i: int, name: str, gemm: str, to: str) -> bool:
+        if i >= len(self.rules):
+            return False
+        return (self.rules[i].gemm, self.rules[i].to) == (gemm, to) and bool(self.patterns[i].fullmatch(name))

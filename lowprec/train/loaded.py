@@ -173,6 +173,9 @@ def open_run(run_dir: Path, step: int | None = None, precision: Mapping[str, Any
     read = {k.removeprefix("precision/"): t for k, t in wanted.items() if k in memories}
     plan.load_state_dict(plan.state_dict() | read)
     progress = json.loads(wanted["progress"])
+    if precision is None:  # what the controller had raised when this was saved
+        raised = progress.get("controller", {}).get("raised", [])
+        plan.raised = {(name, gemm): (to, int(i)) for name, gemm, to, i in raised if to in plan.precision.linear}
     loaded = ready(run, model, plan, build_data(run.data, run.seed), progress["step"], progress["loader"])
     if precision is not None:
         plan.at(0.0)

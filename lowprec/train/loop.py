@@ -82,13 +82,15 @@ def train(session: Session, stop: Stop) -> int:
 def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tracker) -> str | None:
     """Steps until the last one is done or a stop is asked for; returns the reason of a stop. Raises Diverged."""
     run, t, state, world, out = session.run, session.run.train, session.state, session.world, session.narrator
-    guard, watch, fingerprint = state.guard, Stopwatch(), session.plan.fingerprint()
+    guard, watch, fingerprint, raised = state.guard, Stopwatch(), session.plan.fingerprint(), dict(session.plan.raised)
     parameters = count_parameters(run.model)["total"]
     tokens = t.global_batch * run.data.seq_len
     use = Utilisation(session.plan, run.model, run.data.seq_len, tokens, world.size, hardware_of(world.device))
     reason = stop.poll(world)
     while state.step < t.steps and reason is None:
         done = train_step(session)
+        if raised != session.plan.raised:
+            raised, fingerprint = dict(session.plan.raised), session.plan.fingerprint()
         watch.lap(done.data_s)
         use.lap((state.step - 1) / t.steps)
         if done.verdict.what:
@@ -107,11 +109,12 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
             with watch.paused():
                 validation = validation_losses(session, stop)
 
+        if session.watch.due(state.step):
+            guard.check()
         with watch.paused():
             probed = session.watch.look(state.step, state.tokens, session.high_precision)
         for event in probed.pop("events", []):
             tracker.alert("precision", note(session, event, metrics))
-            fingerprint = session.plan.fingerprint()
 
         if is_last or validation or probed or done.reset or state.step % t.log_every == 0:
             guard.check()

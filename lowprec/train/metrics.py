@@ -40,6 +40,7 @@ in between.
 
 import contextlib
 import json
+import math
 import os
 import resource
 import sys
@@ -67,6 +68,13 @@ def read_metrics(path: Path) -> list[Record]:
         except json.JSONDecodeError:
             break  # torn
     return records
+
+
+def finite(node: Any) -> Any:
+    """The record with None for every number that is not finite, of which JSON knows none."""
+    if isinstance(node, dict):
+        return {key: finite(value) for key, value in node.items()}
+    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 class MetricsLog:
@@ -97,7 +105,7 @@ class MetricsLog:
     def write(self, record: Record) -> None:
         """Adds `attempt` to `record` and appends it. Lines that a full disk refuses are kept and written later."""
         record["attempt"] = self.attempt
-        self._unwritten.append(json.dumps(record, allow_nan=False) + "\n")
+        self._unwritten.append(json.dumps(finite(record), allow_nan=False) + "\n")
         self._write()
 
     def _write(self) -> None:

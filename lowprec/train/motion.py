@@ -8,6 +8,7 @@ the value that the forward product gives it (nearest, the tensor's present maxim
     edq          <dQ, dw> / |dw|^2 of the window's last step, dQ = Q(w + dw) - Q(w): effective descent quality
                  (Collage, arXiv:2405.03637, there divided by |dw| once); 1 = the update arrives, 0 = it is lost
     edq_bf16     the same of the bf16 copy that unquantised layers compute with
+    steps        of the window; fewer than `probe.window` where a run was resumed within one
     lost_frac    share of the changed weights whose Q did not change in the last step
 
 Rows are the first of each weight on the first rank; the tensor's maximum is one all-reduce over all layers. A weight
@@ -36,7 +37,6 @@ ROWS = 64  # of each weight; whole blocks of any format that has fewer rows a bl
 class _Path:
     """One weight's rows, fp32 (rows, K), and sums over the window."""
 
-    format: Format
     master: Tensor
     value: Tensor
     moved: float = 0.0
@@ -49,7 +49,9 @@ class Motion:
     def __init__(self, plan: Plan, world: World, dtype: torch.dtype, names: list[str], every: int, window: int) -> None:
         self.plan, self.world, self.dtype, self.names = plan, world, dtype, names
         self.every, self.window = every, min(window, every)
+        self.formats: dict[str, Format] = {}  # of the open window; the same on every rank
         self.paths: dict[str, _Path] = {}
+        self.steps = 0  # of the open window
         self._last: dict[str, tuple[Tensor, Tensor]] = {}  # master and value before the last update
 
     def follows(self, step: int) -> bool:
@@ -59,19 +61,18 @@ class Motion:
     @torch.no_grad()
     def before_update(self, step: int, recipes: dict[str, LinearRecipe]) -> None:
         """Call before the update of a step: a window may begin; a collective."""
-        if not self.follows(step):
-            self.paths = {}
-            return
-        if not self.paths or step % self.every == self.every - self.window:
-            formats = {n: f for n in self.names if (f := self._format(n, recipes[n])) is not None}
-            self.paths = {n: _Path(formats[n], *pair) for n, pair in self._look(formats).items()}
+        if self.follows(step) and (not self.steps or step % self.every == self.every - self.window):
+            self.forget()
+            self.formats = {n: f for n in self.names if (f := self._format(n, recipes[n])) is not None}
+            self.paths = {n: _Path(*pair) for n, pair in self._look(self.formats).items()}
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
         """Call after the update; a collective."""
         if not self.follows(step):
             return
-        now = self._look({name: path.format for name, path in self.paths.items()})
+        self.steps += 1
+        now = self._look(self.formats)
         for name, (master, value) in now.items():
             path = self.paths[name]
             path.moved += (master - path.master).abs().double().sum().item()
@@ -91,13 +92,18 @@ class Motion:
             lost = (changed & (path.value == value)).sum() / changed.sum().clamp(min=1)
             copies = path.master.bfloat16().float() - before.bfloat16().float()
             found[name] = {
+                "steps": self.steps,
                 "oscillation": path.flipped / path.moved if path.moved else None,
                 "edq": quality(path.value - value, dw),
                 "edq_bf16": quality(copies, dw),
                 "lost_frac": lost.item(),
             }
-        self.paths, self._last = {}, {}
+        self.forget()
         return found
+
+    def forget(self) -> None:
+        """Gives the open window up."""
+        self.formats, self.paths, self._last, self.steps = {}, {}, {}, 0
 
     def _look(self, formats: dict[str, Format]) -> dict[str, tuple[Tensor, Tensor]]:
         """The rows of every master now, and their quantised values."""

@@ -2,9 +2,8 @@
 
 A side batch, the first sequences of the validation data, passes forward and backward twice after a step's update: with
 every layer unquantised, and with the recipes in force. Hooks take each linear layer's x and dy, and its weight as it is
-gathered at that moment; :mod:`lowprec.linear.measure` does the rest, layer by layer. The step itself runs no other
-code, and the numbers of the run do not change: gradients are taken of activations only, nothing is remembered, random
-bits are functions of the step.
+gathered at that moment; :mod:`lowprec.linear.measure` does the rest, layer by layer. The numbers of the run do not
+change: gradients are taken of activations only, nothing is remembered, random bits are functions of the step.
 
 One line of ``probes.jsonl`` a probe::
 
@@ -19,10 +18,11 @@ and a summary in metrics.jsonl: ``probe_grad_cosine`` (weight gradients of all l
 `lowprec.train.stability`), ``probe_s`` (seconds it took).
 
 Cost: about four micro-batches of the size of the side batch, plus one quantisation of each operand by the definition;
-it holds 2 (in + out) bytes a token of the side batch (``probe.tokens`` of it) and layer. On several ranks everyone runs
-the same side batch, and the first rank's parts are measured: under tensor or context parallelism its part of each
-matrix. Where the weight is gathered as codes (``comm``), there is no unquantised weight to compare with: fprop and
-dgrad are left out.
+it holds 2 (in + out) bytes a token of the side batch (``probe.tokens`` of it) and layer. The last ``probe.window``
+steps before a probe also look at the weights twice (:mod:`lowprec.train.motion`), within their own time. On several
+ranks everyone runs the same side batch, and the first rank's parts are measured: under tensor or context parallelism
+its part of each matrix. Where the weight is gathered as codes (``comm``), there is no unquantised weight to compare
+with: fprop and dgrad are left out.
 
 What this is not: the error of the training batch. And it is refused with a pipeline or DeepSpeed, whose passes cannot
 be split like this.
@@ -30,8 +30,10 @@ be split like this.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +43,7 @@ from torch import Tensor, nn
 from lowprec.config import ProbeConfig, Run
 from lowprec.data import IGNORED, Batch
 from lowprec.linear import Call, LinearRecipe, Plan, QuantizedLinear
+from lowprec.linear.call import Shared
 from lowprec.linear.measure import cosine, decomposition, exact_product, operand_measures, product_measures
 from lowprec.linear.plan import compile_pattern
 from lowprec.linear.product import product
@@ -91,7 +94,7 @@ class Probe:
         recipes = {e.layer: plan.precision.versions(e.recipe) for e in plan.entries}
         pattern = compile_pattern(config.layers, list(recipes))
         self.names = [n for n in recipes if pattern.fullmatch(n) and any(r.quantized for r in recipes[n])]
-        if not self.names:
+        if not self.names and (config.layers != "*" or config.rules):
             raise ValueError(
                 f"probe.layers={config.layers!r} matches no layer that the recipe quantises: change it, or set "
                 "probe.every=0"
@@ -141,7 +144,8 @@ class Probe:
         hooks = [model.embed.register_forward_hook(lambda _, __, out: start.update(embedding=out))]
         done: set[str] = set()
         for name, layer in layers.items() if self.world.is_first else ():
-            hooks.append(layer.register_forward_hook(partial(self._keep, name, done, seen)))
+            # before the hooks of tensor parallelism: y and dy are to be the layer's own
+            hooks.append(layer.register_forward_hook(partial(self._keep, name, done, seen), prepend=True))
         try:
             with torch.enable_grad():
                 logits_BTV = model(*self.engine._inputs(self.batch))
@@ -186,7 +190,8 @@ class Probe:
         weight = layer.weight.to_local() if hasattr(layer.weight, "to_local") else layer.weight
         coded = isinstance(weight, CodedWeight)
         tensors = {"x": x, "dy": dy, "w": weight if coded else weight.detach().to(x.dtype)}
-        call = Call(recipe, self.plan.clock.stream(layer.layer), layer.policy, layer.state)
+        policy = replace(layer.policy, shared=Shared())  # the pass goes on with its own, the same on every rank
+        call = Call(recipe, self.plan.clock.stream(layer.layer), policy, layer.state)
         gemms: dict[str, Record] = operand_measures(tensors, call)
         for role, measures in product_measures(tensors, call).items():
             gemms.setdefault(role, {})["out"] = measures
@@ -211,7 +216,7 @@ def summary(found: Record) -> Record:
         record["probe_sharpness"] = found["sharpness"]
     if moments:
         dot, a, b = (sum(m[i] for m in moments) for i in range(3))
-        record["probe_grad_cosine"] = dot / (a * b) ** 0.5 if a * b > 0 else None
+        record["probe_grad_cosine"] = dot / (a * b) ** 0.5 if 0 < a * b < math.inf else None
     if ratios:
         record["probe_sqnr_db"] = sum(ratios) / len(ratios)
     return record

@@ -154,6 +154,8 @@ def open_session(run: Run, world: World) -> Session | None:
     if done:
         if missing := checkpoints.load(state, done):
             narrator.say(f"the checkpoint does not hold {len(missing)} of the recipe's memories, which begin anew")
+        for what in watch.controller.dropped:
+            narrator.say(f"{what}: raised by a rule that is no more; it is as planned again")
     else:
         engine.init_weights(run.seed)
 

@@ -66,7 +66,7 @@ BOTH = tuple(role for i, product in enumerate(PRODUCTS) for role in (*OPERANDS[2
 GRADIENT = Panel("weight gradient", ("gradient", "cosine"), "low")
 SHEETS = (
     Sheet("sqnr_db", "Signal to quantisation noise (dB)",
-          "Of each operand and each product against fp32; 6 dB less is twice the error.",
+          "Of each operand and each product against fp32; 6 dB less is an error twice as large.",
           _roles("sqnr_db", BOTH, "low")),
     Sheet("bias", "Bias", "1 - <x, q> / <x, x>: what averaging over tokens does not remove; 0 is unbiased.",
           _roles("bias", BOTH, "far", "signed")),
@@ -235,7 +235,7 @@ def overview_png(line: Record) -> bytes:
     buffer = io.BytesIO()
     with styled():
         figure = now(OVERVIEW, line["layers"]) or Figure(figsize=(WIDTH, 1))
-        figure.suptitle(f"step {line['step']}", fontsize=9)
+        figure.text(0.01, 0.99, f"step {line['step']}", fontsize=9, va="top")
         figure.dpi = 130
         FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
@@ -254,8 +254,13 @@ def _figure(
         return None, [], []
     columns = 2 if len(made) in (2, 4) or (len(made) == 6 and sheet.shared) else 3
     lines = math.ceil(len(made) / columns)
-    figure = Figure(figsize=(WIDTH, lines * (0.62 + 0.155 * max(rows, 3)) + 0.25), layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    tall = 0.155 * max(rows, 3)  # inches of a panel; the margins are given, for finding them takes longer than drawing
+    height = lines * (tall + 0.5) + 0.35
+    figure = Figure(figsize=(WIDTH, height))
+    edges = {"left": 1.2 / WIDTH, "right": 1 - 0.35 / WIDTH, "top": 1 - 0.28 / height, "bottom": 0.45 / height}
+    axes = list(
+        figure.subplots(lines, columns, squeeze=False, gridspec_kw={"hspace": 0.5 / tall, "wspace": 0.22, **edges}).flat
+    )
     for ax in axes[len(made) :]:
         ax.set_axis_off()
     if sheet.shared:
@@ -287,12 +292,12 @@ def _show(figure: Figure, ax: Axes, values: np.ndarray, panel: Panel, norm: Norm
     colours = {"low": "viridis", "high": "viridis_r", "far": "RdBu_r"}[panel.worse]
     masked = np.ma.masked_invalid(values)
     image = ax.imshow(masked, norm=norm, cmap=colours, aspect="auto", interpolation="none")
-    bar = figure.colorbar(image, ax=ax, pad=0.015, fraction=0.05)
+    bar = figure.colorbar(image, ax=ax, pad=0.015, fraction=0.05, use_gridspec=False)
     bar.ax.tick_params(labelsize=6, length=2)
     if isinstance(norm, LogNorm):
         assert norm.vmin is not None and norm.vmax is not None
         ticks = log_ticks(norm.vmin, norm.vmax, 5)
-        bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+        bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
     bar.ax.minorticks_off()
     if bar.solids is not None:
         bar.solids.set_rasterized(True)

@@ -18,7 +18,7 @@ from lowprec.data import Batch
 from lowprec.linear import Plan
 from lowprec.parallel import Engine, World
 from lowprec.train.controller import Controller
-from lowprec.train.metrics import MetricsLog, Record
+from lowprec.train.metrics import MetricsLog, Record, finite
 from lowprec.train.motion import Motion
 from lowprec.train.probe import Probe, summary
 
@@ -53,8 +53,14 @@ class Watch:
         if self.motion is not None:
             self.motion.after_update(step)
 
+    def due(self, step: int) -> bool:
+        """Whether `look` will measure after so many steps."""
+        return self.probe is not None and self.probe.due(step)
+
     def rewind(self, step: int) -> None:
-        """Steps after this one are done again: their lines go."""
+        """Steps after this one are done again: their lines go, and a window that had begun is given up."""
+        if self.motion is not None:
+            self.motion.forget()
         if self.log is not None:
             self.log.rewind(step)
 
@@ -63,14 +69,15 @@ class Watch:
 
         Returns the keys of metrics.jsonl, and under ``events`` what the controller decided; {} if it is not time.
         """
-        if self.probe is None or not self.probe.due(step):
+        if self.probe is None or not self.due(step):
             return {}
         plan = self.controller.plan
         found = self.probe.run(plan.recipes_at((step - 1) / self.steps), high_precision)
         for name, measures in (self.motion.measures() if self.motion else {}).items():
             if name in found["layers"]:
                 found["layers"][name]["weight"] = measures
-        record = summary(found)
+        record = finite(summary(found))
+        found = finite(found)
         events = self._agreed(step, found["layers"])
         if self.log is not None:
             self.newest = {"step": step, "tokens": tokens, **found}

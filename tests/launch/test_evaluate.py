@@ -27,6 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [*SMALL.split(), *DATA.split(), *BATCH.split(), f"data.sources.0.path={text}", f"run.dir={folder}",
              f"data.cache_dir={tmp_path_factory.mktemp('cache')}", "optim.lr=1e-2"]  # fmt: skip
     assert launch.main(words) == 0
+    (folder / "words").write_text("\n".join(words))
     return folder
 
 
@@ -44,6 +45,21 @@ def test_the_losses_are_those_of_training(run: Path, capsys: pytest.CaptureFixtu
     assert found["scores"]["as trained"]["loss"] == last["val_loss"]
     assert found["scores"]["high precision"]["loss"] == last["val_loss_high_precision"]
     assert found["scores"]["as trained"]["perplexity"] == math.exp(last["val_loss"])
+
+
+def test_the_precision_of_the_last_step(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """At a checkpoint on the edge of a schedule's switch, and with a product that a probe had raised, as training."""
+    words = [line for line in (run / "words").read_text().splitlines() if not line.startswith(("run.dir", "train."))]
+    rule = "probe.rules=[{match: '*.up_proj', gemm: fprop, measure: sqnr_db, below: 99}]"
+    more = "train.steps=8 train.checkpoint_every=4 train.eval_every=4 train.global_batch=8 train.micro_batch=4".split()
+    switch = "precision.schedule=[{from: 0.5, set: {nvfp4.wgrad: bf16, nvfp4.fprop: bf16}}]"
+    more += [switch, "probe.every=3", rule]
+    assert launch.main([*words, *more, f"run.dir={tmp_path}"]) == 0
+    logged = {r["step"]: r for r in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())}
+    capsys.readouterr()
+    assert main([str(tmp_path), "--step", "4", "--json"]) == 0
+    found = scores(capsys)["scores"]
+    assert found["as trained"]["loss"] == logged[4]["val_loss"] != logged[4]["val_loss_high_precision"]
 
 
 def test_another_precision_after_training(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ def test_packing_layout_and_bytes():
     q = FORMATS["nvfp4"].quantize(torch.randn(64, 128))
     assert torch.equal(QTensor.unpack(q.pack(), q.format), q.codes)
     assert q.nbytes() == 64 * 128 // 2 + 64 * 8 + 4
+    assert QTensor.unpack(q.pack()[:0], q.format).shape == (0, 128)
     assert FORMATS["mxfp8"].quantize(torch.randn(64, 128)).nbytes() == 64 * 128 + 64 * 4
     with pytest.raises(ValueError, match="even number of columns"):
         FORMATS["nvfp4"].quantize(torch.randn(2, 3)).pack()

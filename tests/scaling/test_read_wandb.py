@@ -21,6 +21,7 @@ from lowprec.scaling.read import read, read_curve
 from lowprec.scaling.sources import wandb_api
 from lowprec.scaling.sources.wandb_files import chunks, read_file
 from lowprec.tools.fit_scaling import main
+from lowprec.train.sinks import grouped
 from tests.scaling.made_runs import facts, log, make_run
 from tests.scaling.wandb_server import Server, serve
 
@@ -83,6 +84,19 @@ def test_filters_and_curves(server: Server) -> None:
     records = log(level=3 + 1 / 97)
     assert list(curve["loss"]) == [record["loss"] for record in records]
     assert list(curve["lr"]) == [record["lr"] for record in records] and curve["val_loss"].notna().sum() == 4
+
+
+def test_grouped_names_are_read_alike(server: Server) -> None:
+    """Whether a run was logged with groups before the names or, by older versions, without: the same row and curve."""
+    old = server.projects["me/ladder"][:5]
+    named = [run | {"history": [grouped(line) for line in run["history"]]} for run in old]
+    server.projects["me/new"] = [run | {"summary": grouped(run["summary"])} for run in named]
+    assert "val/val_loss" in server.projects["me/new"][0]["summary"]
+    before, after = read(["wandb://me/ladder?state=finished"]), read(["wandb://me/new"])
+    pd.testing.assert_frame_equal(before.frame.drop(columns=ELSEWHERE), after.frame.drop(columns=ELSEWHERE))
+    curves = [read_curve(table.frame["curve"][2]) for table in (before, after)]
+    pd.testing.assert_frame_equal(*curves)
+    assert curves[1]["val_loss"].notna().any()
 
 
 def test_projects_of_others(server: Server) -> None:

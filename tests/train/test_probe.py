@@ -11,6 +11,7 @@ import torch
 
 from lowprec.config import ProbeRule
 from lowprec.linear import Plan, Rule, load_precision
+from lowprec.train import DIVERGED
 from lowprec.train.controller import Controller
 from lowprec.train.motion import quality
 from tests.train.test_ranks import finish
@@ -74,6 +75,39 @@ def test_two_ranks_measure_what_one_does(train, spawn, compare, tmp_path: Path) 
     finish(spawn(tmp_path / "codes", *more, "comm=nvfp4_fp8", ranks=2))
     for line in probes(tmp_path / "codes"):
         assert all(set(line["layers"][name]["gemms"]) == {"wgrad"} for name in LAYERS)
+
+
+@pytest.mark.parametrize("layout", ["tp", "cp"])
+def test_parts_of_matrices_are_measured_too(spawn, compare, tmp_path: Path, layout: str) -> None:
+    """Tensor and context parallelism on two ranks: the run's numbers are those without probes, and all is measured."""
+    words = (f"parallel={layout}", f"parallel.{layout}=2", "model.vocab_multiple=64", "train.steps=4",
+             "train.eval_every=0")  # fmt: skip
+    finish(spawn(tmp_path / "plain", *words, ranks=2))
+    finish(spawn(tmp_path / "probed", *words, "probe.every=2", ranks=2))
+    assert compare(tmp_path / "probed") == compare(tmp_path / "plain")
+    for line in probes(tmp_path / "probed"):
+        assert list(line["layers"]) == LAYERS
+        assert all(set(measures["gemms"]) == {"fprop", "dgrad", "wgrad"} for measures in line["layers"].values())
+
+
+def test_a_run_that_diverges_says_so(train, capsys, tmp_path: Path) -> None:
+    """The guard stops it, not a number that JSON does not know."""
+    hot = ("optim.lr=1e30", "train.clip_norm=0", "schedule.warmup_frac=0", "probe.every=1")
+    assert train(tmp_path / "run", *hot) == DIVERGED
+    assert train(tmp_path / "kept", *hot, "guard=skip", "guard.on_nonfinite=keep") == 0
+    assert all(line["layers"] for line in probes(tmp_path / "kept"))
+
+
+def test_what_a_dropped_rule_had_raised_is_lowered(train, capsys, read, tmp_path: Path) -> None:
+    """A run that goes on without its rules is told so, and is as planned again."""
+    every = ("probe.every=2", "train.checkpoint_every=5", "train.keep_last=5")
+    assert train(tmp_path / "run", *every, RULE % "") == 0
+    raised = read(tmp_path / "run")[-1]["plan"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000008")
+    assert train(tmp_path / "run", *every, "run.allow_change=true") == 0
+    assert "down_proj wgrad as in bf16: raised by a rule that is no more" in capsys.readouterr().out
+    records = read(tmp_path / "run")
+    assert records[-1]["plan"] == records[0]["plan"] != raised
 
 
 def test_a_run_that_stops_probes_each_step_once(train, compare, tmp_path: Path) -> None:

@@ -5,11 +5,15 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import wandb
+import yaml
 from wandb.proto import wandb_internal_pb2
+from wandb.sdk.launch.sweeps import utils as sweeps
 
+from lowprec.launch.train import main
 from lowprec.scaling.sources.wandb_files import read_file
 from lowprec.train.sinks import grouped
 from tests.train.wandb_online import Server, serve
@@ -20,7 +24,7 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"  # shaped like a key
 def offline_file(path: Path) -> dict[str, Any]:
     """Run, config and history out of an offline .wandb file: records in the LevelDB log format, blocks of 32 KiB."""
     data, offset, partial = path.read_bytes(), 7, b""
-    found: dict[str, Any] = {"history": [], "config": {}, "alerts": []}
+    found: dict[str, Any] = {"history": [], "config": {}, "alerts": [], "artifacts": []}
     while offset + 7 <= len(data):
         left = 32768 - offset % 32768
         _, size, kind = struct.unpack("<IHB", data[offset : offset + 7])
@@ -39,6 +43,9 @@ def offline_file(path: Path) -> dict[str, Any]:
         if record.WhichOneof("record_type") == "run":
             found["id"] = record.run.run_id
             found["config"] |= {u.key: json.loads(u.value_json) for u in record.run.config.update}
+        if record.WhichOneof("record_type") == "artifact" and record.artifact.type == "checkpoint":
+            contents = record.artifact.manifest.contents
+            found["artifacts"].append((record.artifact.name, [entry.ref for entry in contents]))
         if record.WhichOneof("record_type") == "alert":
             found["alerts"].append((record.alert.title, record.alert.text))
         if record.WhichOneof("record_type") == "exit":
@@ -50,7 +57,7 @@ def test_offline_writes_the_record_and_resumes_the_same_run(train, read, tmp_pat
     """Every number of metrics.jsonl is in the offline files, under one run id after a restart; no secret is."""
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("MY_TOKEN", SECRET)
-    offline = ("monitor.wandb=offline", "schedule=constant", "train.eval_every=0")
+    offline = ("monitor.wandb=offline", "monitor.checkpoints=true", "schedule=constant", "train.eval_every=0")
     assert train(tmp_path, *offline, "train.steps=4") == 0
     assert train(tmp_path, *offline, "train.steps=6") == 0
 
@@ -62,6 +69,10 @@ def test_offline_writes_the_record_and_resumes_the_same_run(train, read, tmp_pat
     assert again == read(tmp_path)  # what is fitted from offline files has the names of metrics.jsonl
     plans = [line["about/plan._type"] for run in runs for line in run["history"] if "about/plan._type" in line]
     assert plans == ["html-file"] * 2
+    references = [reference for run in runs for _, references in run["artifacts"] for reference in references]
+    assert {Path(urlsplit(r).path).parent for r in references} == {
+        tmp_path.resolve() / "checkpoints" / f"step_{step:08d}" for step in (4, 6)
+    }
     assert runs[0]["config"]["train"]["steps"] == 4 and runs[0]["config"]["precision"]["linear"]["nvfp4"]
     assert runs[0]["exit"] == 0
 
@@ -79,12 +90,14 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with serve() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", SECRET)
+        wandb.teardown()  # the client reads the environment once
         yield server
+        wandb.teardown()
 
 
 def test_online_resumes_the_same_run_and_a_tag_cancels_it(train, read, tmp_path: Path, server: Server, capsys) -> None:
     """One run on the server after a restart. The tag `cancel` ends a run in order, with 0; the next start goes on."""
-    online = ("monitor.wandb=online", "monitor.checkpoints=true", "schedule=constant", "train.eval_every=0")
+    online = ("monitor.wandb=online", "schedule=constant", "schedule.warmup_frac=0", "train.eval_every=0")
     assert train(tmp_path, *online, "train.steps=3", "monitor.cancel_s=0") == 0
     run_id = (tmp_path / "run_id").read_text().strip()
     run = server.runs[run_id]
@@ -92,17 +105,16 @@ def test_online_resumes_the_same_run_and_a_tag_cancels_it(train, read, tmp_path:
 
     run["tags"] = ["mine", "cancel"]
     capsys.readouterr()
-    assert train(tmp_path, *online, "train.steps=2000", "monitor.cancel_s=0.05") == 0
+    assert train(tmp_path, *online, "train.steps=500", "monitor.cancel_s=0.05") == 0
     assert "cancelled on the page of the run: stopped after step" in capsys.readouterr().out
     done = read(tmp_path)[-1]["step"]
-    assert 3 < done < 2000 and (tmp_path / "checkpoints" / f"step_{done:08d}" / ".metadata").exists()
+    assert 3 < done < 500 and (tmp_path / "checkpoints" / f"step_{done:08d}" / ".metadata").exists()
     assert (tmp_path / "exit_code").read_text() == "0\n"
     assert run["tags"] == ["mine", "cancelled"]
 
     assert train(tmp_path, *online, f"train.steps={done + 2}", "monitor.cancel_s=0.05") == 0
     assert [line["step"] for line in numbers(run["history"])] == list(range(1, done + 3))
     assert set(server.starts) == {run_id} and list(server.runs) == [run_id]
-    assert set(server.artifacts) == {f"checkpoint-{run_id}"} and len(server.artifacts) == 3
 
 
 def test_a_sweep_decides_the_run_id(train, tmp_path: Path, server: Server, monkeypatch) -> None:
@@ -113,6 +125,21 @@ def test_a_sweep_decides_the_run_id(train, tmp_path: Path, server: Server, monke
     assert train(tmp_path, folder, "monitor.wandb=offline", "train.steps=1") == 0
     assert (tmp_path / "given1" / "run_id").read_text() == "given1\n"
     assert [offline_file(p)["id"] for p in tmp_path.glob("given1/wandb/offline-run-*/run-*.wandb")] == ["given1"]
+
+
+def test_the_sweep_of_the_docs_is_a_command_that_composes(monkeypatch, capsys) -> None:
+    """docs/watching.md's sweep.yaml, expanded by the W&B agent's own code for one point of the grid."""
+    page = (Path(__file__).parents[2] / "docs" / "watching.md").read_text()
+    sweep = yaml.safe_load(page.split("```yaml\n# sweep.yaml\n")[1].split("```")[0])
+    point = {key: {"value": about["values"][-1]} for key, about in sweep["parameters"].items()}
+    words = sweeps.create_sweep_command(sweep["command"])
+    filled = sweeps.create_sweep_command_args({"args": point}) | {"env": [], "program": []}
+    argv = [part for word in words for part in (filled[word[2:-1]] if word.startswith("${") else [word])]
+    monkeypatch.setenv("WANDB_RUN_ID", "given2")
+    assert main([*argv, "--cfg", "job"]) == 0
+    run = yaml.safe_load(capsys.readouterr().out)
+    assert (run["optim"]["lr"], run["seed"], run["monitor"]["wandb"]) == (0.004, 1, "online")
+    assert run["run"]["dir"] in ("runs/sweep/given2", "runs/sweep/${oc.env:WANDB_RUN_ID}")
 
 
 def test_alerts_and_probes(train, tmp_path: Path) -> None:

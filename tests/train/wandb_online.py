@@ -12,10 +12,7 @@ Json = dict[str, Any]
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """`runs`: {id: {history, summary, config, tags, alerts, exit}}, whatever their project; `starts`: ids as they came.
-
-    `down`: whether every request is refused.
-    """
+    """`runs`: {id: {history, summary, config, tags, exit}}, whatever their project; `starts`: ids as they came."""
 
     daemon_threads = True
 
@@ -23,12 +20,10 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.runs: dict[str, Json] = {}
         self.starts: list[str] = []
-        self.artifacts: list[str] = []
-        self.down = False
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def run_of(self, name: str) -> Json:
-        empty = {"history": [], "summary": {}, "config": {}, "tags": [], "alerts": [], "exit": None}
+        empty = {"history": [], "summary": {}, "config": {}, "tags": [], "exit": None}
         return self.runs.setdefault(name, empty)
 
     def handle_error(self, *_: Any) -> None: ...
@@ -49,9 +44,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self._body()
-        if self.server.down:
-            self._send({"errors": [{"message": "down"}]}, 400)
-        elif self.path == "/graphql":
+        if self.path == "/graphql":
             asked = json.loads(body)
             self._send({"data": self._answer(asked.get("query", ""), asked.get("variables") or {})})
         elif self.path.endswith("/file_stream"):
@@ -86,12 +79,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "historyTail" in query:  # what a run that may be resumed asks
             bucket = self._bucket(name, self.server.runs[name]) if name in self.server.runs else None
             return {"model": {"id": "P", "name": "lowprec", "entity": {"id": "E", "name": "me"}, "bucket": bucket}}
-        if "notifyScriptableRunAlert" in query:
-            self.server.run_of(v["runName"])["alerts"].append((v["title"], v["text"]))
-            return {"notifyScriptableRunAlert": {"success": True}}
-        if "createArtifact(" in query:
-            self.server.artifacts.append(str(v.get("artifactCollectionName") or v.get("artifactCollectionNames")))
-            return {}
         if "viewer" in query:
             return {"viewer": {"id": "V", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []},
                                "email": "", "admin": False}}  # fmt: skip
@@ -106,7 +93,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         history, project = run["history"], {"id": "P", "name": "lowprec", "entity": {"id": "E", "name": "me"}}
         config = json.dumps(run["config"])
         return {
-            "id": name, "name": name, "displayName": name, "project": project, "projectId": "P", "tags": run["tags"],
+            "id": name, "name": name, "displayName": name, "project": project, "projectId": "1", "tags": run["tags"],
             "state": "running", "config": config, "sweepName": None, "summaryMetrics": json.dumps(run["summary"]),
             "systemMetrics": "{}", "historyKeys": None, "user": {"name": "me", "username": "me"},
             "historyLineCount": len(history), "eventsLineCount": 0, "logLineCount": 0, "eventsTail": '["{}"]',

@@ -22,7 +22,7 @@ import pandas as pd
 
 from lowprec.scaling.sources import STATUS_NUMBERS, Found
 from lowprec.scaling.sources.columns import NEEDED, WITHOUT_EMBEDDINGS, is_missing, match, number, plain
-from lowprec.scaling.sources.facts import Ending, Row, float_of, row_of
+from lowprec.scaling.sources.facts import Ending, Row, float_of, row_of, ungrouped
 from lowprec.scaling.table import LABELS, NUMBERS, OPERANDS, REFERENCE, Dropped
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
@@ -286,7 +286,8 @@ def _read_facts(raw: pd.DataFrame, source: str) -> tuple[list[Row], list[Dropped
         if not facts:
             others.append(i)
             continue
-        measured = {plain(n): v for n, v in record.items() if not (n.startswith("config.") or is_missing(v))}
+        logged = {n: v for n, v in record.items() if not (n.startswith("config.") or is_missing(v))}
+        measured = {plain(ungrouped(n)): v for n, v in logged.items()}
         name = _name(record, source, i)
         try:
             row = row_of(facts, _ending(measured))

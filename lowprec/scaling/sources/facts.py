@@ -57,6 +57,13 @@ def float_of(value: Any) -> float:
         return math.nan
 
 
+def ungrouped(key: str) -> str:
+    """`val/val_loss` -> `val_loss`: the trainer logs to W&B under the names of its metrics.jsonl, behind a group for
+    the charts; older versions did so without a group.
+    """
+    return key.rpartition("/")[2]
+
+
 def sampled(records: Sequence[T]) -> Sequence[T]:
     """Up to 127 of the records, evenly spaced, the last among them: enough for `rise_of`."""
     return records[::-1][:: max(len(records) // 64, 1)][::-1]

@@ -23,11 +23,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
+from lowprec.scaling.sources.facts import ungrouped
 from lowprec.scaling.sources.folders import Progress
 
 T = TypeVar("T")
 TRIES, FIRST_WAIT_S, PER_PAGE, TIMEOUT_S = 6, 2.0, 50, 60
 CURVE_SAMPLES = 10_000
+# W&B returns records that hold all the keys asked for; the second names are those of older versions of lowprec
+CURVES = ((("train/lr", "train/loss"), ("val/val_loss",)), (("lr", "loss"), ("val_loss",)))
 
 
 def fetch(url: str, cache: Path | None = None, progress: Progress | None = None) -> Path | list[dict[str, Any]]:
@@ -102,10 +105,14 @@ def fetch_curve(ref: str) -> list[dict[str, Any]]:
     api = _login(project)
     run = patiently(project, lambda: api.run(f"{project}/{run_id}"))
     records: dict[float, dict[str, Any]] = {}
-    for keys in (["step", "lr", "loss"], ["step", "val_loss"]):  # W&B returns records that hold all the keys
-        history = partial(run.history, samples=CURVE_SAMPLES, keys=keys, pandas=False)
-        for record in patiently(project, history):
-            records.setdefault(record["step"], {}).update(record)
+    for groups in CURVES:
+        for keys in groups:
+            history = partial(run.history, samples=CURVE_SAMPLES, keys=["step", *keys], pandas=False)
+            for record in patiently(project, history):
+                named = {ungrouped(key): value for key, value in record.items()}
+                records.setdefault(record["step"], {}).update(named)
+        if records:
+            break
     return [records[step] for step in sorted(records)]
 
 

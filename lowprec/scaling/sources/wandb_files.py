@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from lowprec.scaling.sources import Found
-from lowprec.scaling.sources.facts import Row, ending_of, last_attempt, row_of
+from lowprec.scaling.sources.facts import Row, ending_of, last_attempt, row_of, ungrouped
 from lowprec.scaling.table import Dropped
 
 _BLOCK, _HEADER, _MAGIC = 32768, 7, b":W&B"
@@ -91,7 +91,7 @@ def read_file(path: Path) -> tuple[Record, list[Record]]:
         record.ParseFromString(body)
         kind = record.WhichOneof("record_type")
         if kind == "history":
-            items = {(item.key or "/".join(item.nested_key)): item.value_json for item in record.history.item}
+            items = {ungrouped(item.key or ".".join(item.nested_key)): item.value_json for item in record.history.item}
             if "step" in items:
                 history.append({key: json.loads(value) for key, value in items.items()})
         elif kind == "run":
