@@ -51,9 +51,9 @@ def test_the_precision_of_the_last_step(run: Path, capsys: pytest.CaptureFixture
     """At a checkpoint on the edge of a schedule's switch, and with a product that a probe had raised, as training."""
     words = [line for line in (run / "words").read_text().splitlines() if not line.startswith(("run.dir", "train."))]
     rule = "probe.rules=[{match: '*.up_proj', gemm: fprop, measure: sqnr_db, below: 99}]"
-    more = "train.steps=8 train.checkpoint_every=4 train.eval_every=4 train.global_batch=8 train.micro_batch=4".split()
+    sizes = "train.steps=8 train.checkpoint_every=4 train.eval_every=4 train.global_batch=8 train.micro_batch=4"
     switch = "precision.schedule=[{from: 0.5, set: {nvfp4.wgrad: bf16, nvfp4.fprop: bf16}}]"
-    more += [switch, "probe.every=3", rule]
+    more = [*sizes.split(), switch, "probe.every=3", rule]
     assert launch.main([*words, *more, f"run.dir={tmp_path}"]) == 0
     logged = {r["step"]: r for r in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())}
     capsys.readouterr()

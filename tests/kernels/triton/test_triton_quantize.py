@@ -1,9 +1,13 @@
 """The quantise kernels in the interpreter equal `Format.quantize`, bit for bit."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from lowprec.kernels.testing.interpreter import interpreted
+from lowprec.kernels.triton import layout
 from lowprec.kernels.triton.launch import quantize
 from lowprec.numerics.formats import FORMATS
 from lowprec.numerics.stream import Stream
@@ -140,3 +144,10 @@ def test_what_is_refused() -> None:
         quantize(x, FORMATS["nvfp4"], hardware_noise=True)
     with pytest.raises(ValueError, match="swizzled"):
         quantize(x, FORMATS["fp8_1x128"], swizzle=True)
+
+
+def test_bounds_of_static_loops_are_no_fields() -> None:
+    """Triton before 3.8, which torch brings with CUDA, takes no field of a tuple as a bound; 3.9, used here, does."""
+    files = list(Path(layout.__file__).parent.glob("*.py"))
+    assert len(files) > 15
+    assert [f.name for f in files if re.search(r"static_range\([^)]*\bF\.", f.read_text())] == []
