@@ -28,6 +28,7 @@ class Tracker:
     ) -> None:
         """settings: the configuration and the facts. step: steps done before this start."""
         self._say, self._sinks = say, list[Sink]()
+        self._without = set[tuple[str, str]]()  # (sink, what it is not told any more)
         if not active:
             return
         if config.wandb is not WandbMode.disabled:
@@ -43,7 +44,7 @@ class Tracker:
 
     def probe(self, line: Record) -> None:
         """A line of probes.jsonl."""
-        self._tell(lambda sink: sink.probe(line))
+        self._tell(lambda sink: sink.probe(line), extra="heat maps")
 
     def alert(self, title: str, text: str) -> None:
         """What a person should see. title: one word or two, the same for all events of a kind."""
@@ -55,7 +56,7 @@ class Tracker:
 
     def saved(self) -> None:
         """There may be a new checkpoint."""
-        self._tell(lambda sink: sink.saved())
+        self._tell(lambda sink: sink.saved(), extra="checkpoints")
 
     @property
     def cancelled(self) -> bool:
@@ -73,17 +74,25 @@ class Tracker:
         except Exception as error:
             self._give_up(name, error)
 
-    def _tell(self, what: Callable[[Sink], None]) -> None:
-        for sink in list(self._sinks):
+    def _tell(self, what: Callable[[Sink], None], extra: str = "") -> None:
+        """extra: what a sink can do without; if that fails, only that is given up."""
+        for sink in [sink for sink in self._sinks if (sink.name, extra) not in self._without]:
             try:
                 what(sink)
             except Exception as error:
-                self._sinks.remove(sink)
-                self._give_up(sink.name, error)
+                if extra:
+                    self._without.add((sink.name, extra))
+                    self._say(f"{sink.name} gets no {extra} from here on ({_reason(error)})")
+                else:
+                    self._sinks.remove(sink)
+                    self._give_up(sink.name, error)
 
     def _give_up(self, name: str, error: Exception) -> None:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        self._say(f"{name} is not used from here on ({reason}); metrics.jsonl has every number")
+        self._say(f"{name} is not used from here on ({_reason(error)}); metrics.jsonl has every number")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _wandb(config: MonitorConfig, name: str, run_id: str, folder: Path, settings: dict[str, Any]) -> Sink:

@@ -13,9 +13,11 @@ import yaml
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.launch.sweeps import utils as sweeps
 
+from lowprec.config import MonitorConfig
 from lowprec.launch.train import main
 from lowprec.scaling.sources.wandb_files import read_file
-from lowprec.train.sinks import grouped
+from lowprec.train.sinks import Csv, grouped
+from lowprec.train.tracker import Tracker
 from tests.train.wandb_online import Server, serve
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"  # shaped like a key
@@ -196,3 +198,20 @@ def test_a_failing_tracker_is_told_once_and_does_not_stop_training(
     assert train(tmp_path / "b", "monitor.wandb=online") == 0
     assert capsys.readouterr().out.count("the network is gone") == 1
     assert len(read(tmp_path / "b")) == 8
+
+
+def test_what_a_sink_can_do_without_is_given_up_alone(tmp_path: Path) -> None:
+    """Heat maps that cannot be sent are told once; the numbers go on."""
+
+    class Half(Csv):
+        def probe(self, line: Any) -> None:
+            raise ConnectionError("no pictures")
+
+    said: list[str] = []
+    tracker = Tracker(MonitorConfig(), "run", "id", tmp_path, {}, said.append, True)
+    tracker._sinks = [Half(tmp_path)]
+    for step in (1, 2):
+        tracker.log({"step": step})
+        tracker.probe({"step": step})
+    assert said == ["metrics.csv gets no heat maps from here on (no pictures)"]
+    assert (tmp_path / "metrics.csv").read_text().count("\n") == 3
