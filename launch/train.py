@@ -10,9 +10,10 @@ sentence before that.
 
 Hydra's own command line is not used: every rank would write log folders, and its errors are stack traces.
 
-Exit codes: 0 finished (before, or cancelled on its W&B page) · 2 the command, a setting or a file is wrong · 70 the loss diverged ·
-74 a disk could not be written · 75 stopped by a signal or the time limit and saved, or another rank was lost: start the
-same command again. The run folder's file `exit_code` says the same to a scheduler, whatever torchrun makes of it.
+Exit codes: 0 finished (before, or cancelled on its W&B page) · 2 the command, a setting or a file is wrong · 70 the
+loss diverged · 74 a disk could not be written · 75 stopped by a signal or the time limit and saved, or another rank was
+lost: start the same command again. The run folder's file `exit_code` says the same to a scheduler, whatever torchrun
+makes of it.
 """
 
 import argparse
