@@ -31,6 +31,7 @@ if __package__ in (None, ""):  # run as a script: the folder that holds the pack
     sys.path[0] = str(next(p for p in Path(__file__).resolve().parents if (p / "lowprec" / "__init__.py").exists()))
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from lowprec.launch import weights
 from lowprec.launch.packed import LAYOUTS
@@ -100,6 +101,19 @@ def export_file(a: argparse.Namespace) -> list[Path]:
 
     header = about(a.run_dir, folder, index) | {"dtype": a.dtype or "fp32", "format": "pt"}
     out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(files, shards, index, folder, to, header)
+    except BaseException:  # all or nothing; none was there before
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
+    return files
+
+
+def _write(
+    files: list[Path], shards: list[Sizes], index: Metadata, folder: Path, to: torch.dtype, header: dict[str, str]
+) -> None:
+    """The files of an export, and their index if there are several."""
     for file, shard in zip(files, shards):
         found = weights.load(shard, index, folder)
         put(file, {name: cast(tensor, to) for name, tensor in found.items()}, header)
@@ -108,7 +122,6 @@ def export_file(a: argparse.Namespace) -> list[Path]:
         places = {name: file.name for file, shard in zip(files, shards) for name in shard}
         content = {"metadata": {**header, "total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
         files[-1].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return files
 
 
 def divide(held: Sizes, to: torch.dtype, most_bytes: float | None) -> list[Sizes]:

@@ -74,7 +74,8 @@ def packings(run: Run, progress: Mapping[str, Any], options: Options) -> tuple[d
     _, plan = plan_model(run)
     if options.precision is None:
         raised = progress.get("controller", {}).get("raised", [])
-        plan.raised = {(name, gemm): (to, int(rule)) for name, gemm, to, rule in raised}
+        plan.raised = {(name, gemm): (to, int(rule)) for name, gemm, to, rule in raised
+                       if to in plan.precision.linear}  # fmt: skip
         plan.at(min(progress["step"], run.train.steps - 1) / run.train.steps)
     found: dict[str, Packing] = {}
     for name, layer in plan.layers.items():

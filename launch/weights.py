@@ -82,6 +82,8 @@ def put(file: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     try:
         save_file(tensors, draft, header)
         os.replace(draft, file)
-    except Exception as error:  # safetensors wraps a full disk in an error of its own
+    except BaseException as error:
         draft.unlink(missing_ok=True)
-        raise ValueError(f"{file} cannot be written: {error}") from error
+        if not isinstance(error, Exception):
+            raise
+        raise ValueError(f"{file} cannot be written: {error}") from error  # safetensors wraps a full disk in its own

@@ -126,7 +126,10 @@ def hardware_of(options: argparse.Namespace) -> Hardware:
         "compute_share": options.efficiency,
     }
     if options.flops:
-        given |= {"flops": {**known.flops, options.precision or "bf16": options.flops}, "compute_share": 1.0}
+        given |= {
+            "flops": {"bf16": known.flops["bf16"]} | {options.precision or "bf16": options.flops},
+            "compute_share": 1.0,
+        }
     hardware = dataclasses.replace(known, **{key: value for key, value in given.items() if value is not None})
     assert hardware.flops_per_s > 0  # or the precision is refused here
     return hardware

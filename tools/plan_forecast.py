@@ -135,9 +135,7 @@ def _time(run: Run, job: Job, layout: Layout, work: dict[float, list[Product]], 
     made = account(job, layout)
     for start, share in spans(list(work)).items():
         phases.append({"from": start, "share": share} | _phase(made, work[start], _tokens(run), wishes))
-    ideal, step, mfu = (
-        sum(phase["share"] * phase[key] for phase in phases) for key in ("ideal_step_s", "step_s", "mfu")
-    )
+    ideal, step = (sum(phase["share"] * phase[key] for phase in phases) for key in ("ideal_step_s", "step_s"))
     first = ("ideal_step_s", "ideal_step_s_by_precision", "step_s", "step_s_by_part")
     return {key: phases[0][key] for key in first} | {
         "phases": phases,
@@ -145,7 +143,7 @@ def _time(run: Run, job: Job, layout: Layout, work: dict[float, list[Product]], 
         "days": steps * step / DAY_S,
         "tokens_per_s": _tokens(run) / step,
         "utilisation": ideal / step,
-        "mfu": mfu,
+        "mfu": sum(phase["share"] * phase["mfu"] * phase["step_s"] for phase in phases) / step,
     }
 
 

@@ -183,7 +183,7 @@ def _lines(path: Path, run: RunView, most: int | None) -> list[Record]:
 
 def _object(line: bytes) -> Record | None:
     try:
-        node = json.loads(line)
+        node = json.loads(line, parse_constant=lambda _: None)
     except ValueError:
         return None
     return node if isinstance(node, dict) else None

@@ -23,7 +23,8 @@ from lowprec.numerics.qtensor import QTensor
 from lowprec.numerics.scale import encode_scale
 from lowprec.numerics.stream import Stream
 
-from .layout import swizzled_size, unswizzle
+from ..coded import unswizzle
+from .layout import swizzled_size
 from .memory import Launch, arch_of, capability, in_pieces, memory_of, signed
 from .quantize import amax_kernel, quantize_kernel
 from .recipe import SCALE_TYPES, Recipe, recipe_of

@@ -7,7 +7,6 @@ whole tiles.  A scale of more than one row (16 x 16 blocks) is repeated for each
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @triton.jit
@@ -20,9 +19,3 @@ def swizzled_offset(row, column, columns):
 def swizzled_size(rows: int, columns: int) -> int:
     """Bytes of the swizzled scales of a matrix with `columns` scales in each of `rows` rows."""
     return -(-rows // 128) * -(-columns // 4) * 512
-
-
-def unswizzle(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Swizzled bytes -> (rows, columns)."""
-    tiles = scales.view(-(-rows // 128), -(-columns // 4), 32, 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(-(-rows // 128) * 128, -1)[:rows, :columns].contiguous()

@@ -25,7 +25,7 @@ from lowprec.optim import learning_rate
 from lowprec.train.checkpoint import UNSAVED
 from lowprec.train.evaluate import validation_losses
 from lowprec.train.guard import Diverged, Verdict
-from lowprec.train.metrics import MetricsLog, Record, Utilisation, hardware_of, peak_memory_bytes
+from lowprec.train.metrics import MetricsLog, Record, Utilisation, finite, hardware_of, peak_memory_bytes
 from lowprec.train.session import Session
 from lowprec.train.signals import DIVERGED, REQUEUE, Stop
 from lowprec.train.tracker import Tracker
@@ -95,11 +95,12 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
         use.lap((state.step - 1) / t.steps)
         if done.verdict.what:
             what = report(session, done, metrics)
+            if done.verdict.action is GuardAction.rollback:
+                roll_back(session, metrics)
+                tracker.rewind(state.step)
             if done.verdict.action is not GuardAction.keep:
                 tracker.alert(done.verdict.action.name, what)
         if done.verdict.action is GuardAction.rollback:
-            roll_back(session, metrics)
-            tracker.rewind(state.step)
             continue
         is_last = state.step == t.steps
 
@@ -113,8 +114,7 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
             guard.check()
         with watch.paused():
             probed = session.watch.look(state.step, state.tokens, session.high_precision)
-        for event in probed.pop("events", []):
-            tracker.alert("precision", note(session, event, metrics))
+        changes = [note(session, event, metrics) for event in probed.pop("events", [])]
 
         if is_last or validation or probed or done.reset or state.step % t.log_every == 0:
             guard.check()
@@ -131,11 +131,13 @@ def steps(session: Session, stop: Stop, metrics: MetricsLog | None, tracker: Tra
             if world.size > 1 and state.engine.transport is not None:
                 sent = sum(done.wire_bytes.values())
                 record |= {"wire_bytes": done.wire_bytes, "wire_bytes_per_param": sent / parameters}
-            record |= guard.record() | done.reset | validation | probed
+            record = finite(record | guard.record() | done.reset | validation | probed)
             if metrics:
                 metrics.write(record)
                 out.step(record)
                 tracker.log(record)
+                if changes:
+                    tracker.alert("precision", "\n".join(changes))
                 if probed:
                     with watch.paused():
                         tracker.probe(session.watch.newest)

@@ -105,7 +105,7 @@ class MetricsLog:
     def write(self, record: Record) -> None:
         """Adds `attempt` to `record` and appends it. Lines that a full disk refuses are kept and written later."""
         record["attempt"] = self.attempt
-        self._unwritten.append(json.dumps(finite(record), allow_nan=False) + "\n")
+        self._unwritten.append(json.dumps(record, allow_nan=False) + "\n")
         self._write()
 
     def _write(self) -> None:

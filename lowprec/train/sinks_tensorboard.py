@@ -35,7 +35,8 @@ class TensorBoard:
         self._file = (place / f"events.out.tfevents.{stamp}.{host or 'host'}.{earlier}").open("xb")
         self.step = step
         self._write(_field(3, b"brain.Event:2"))
-        self.rewind(step)
+        if step or earlier:
+            self.rewind(step)
         self._summary(step, [_text(f"about/{name}", text) for name, text in texts.items()])
 
     def log(self, record: Record) -> None:
@@ -54,8 +55,8 @@ class TensorBoard:
         self._summary(self.step, [_text("events/" + title, text)])
 
     def rewind(self, step: int) -> None:
-        if step:
-            self._write(_varint_field(2, step + 1) + _field(7, _varint_field(1, 1)))
+        self.step = step
+        self._write(_varint_field(2, step + 1) + _field(7, _varint_field(1, 1)))
 
     def saved(self) -> None: ...
 

@@ -4,8 +4,8 @@
   what was done before: offline it does not know. Under a `wandb agent` the id is the sweep's, and the folder takes it.
 - Every chart is over `tokens` (`define_metric`). No `step=` is passed: W&B drops steps below the last one it saw,
   which is just what a run that resumes from a checkpoint sends.
-- The configuration with the facts, and the precision plan as a page, are uploaded. Source code, git remotes, the
-  console and the environment are not.
+- The configuration with the facts, and the precision plan as a page, are uploaded. Source code, git remotes,
+  console, command line, host, environment and the list of packages are not.
 - `probe/heat_map` is a picture, `probe/roles` and `probe/layers` are tables, one each probe.
 - Checkpoints can be artifacts (`monitor.checkpoints`): references to their paths, nothing is uploaded.
 - A person stops a run by giving it the tag `cancel` on its page: a thread looks for it every `monitor.cancel_s`
@@ -41,11 +41,17 @@ class Wandb:
         import wandb
 
         self._wandb, self._folder = wandb, folder
-        quiet = wandb.Settings(console="off", disable_git=True, disable_code=True, silent=True, init_timeout=60)
+        quiet = wandb.Settings(
+            console="off", disable_git=True, disable_code=True, silent=True, init_timeout=60,
+            x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False,  # command line, host, packages
+        )  # fmt: skip
         self._run = wandb.init(
-            project=config.project, entity=config.entity, group=config.group, tags=config.tags or None, name=name,
+            project=config.project, entity=config.entity, group=config.group, name=name,
             id=run_id, resume="allow", mode=config.wandb.value, dir=str(folder), config=settings, settings=quiet,
         )  # fmt: skip
+        have = tuple(self._run.tags or ())  # not given to init, which would replace what people have added since
+        if more := [tag for tag in config.tags if tag not in have]:
+            self._run.tags = (*have, *more)
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
         if self._run.id != run_id:  # a sweep's
@@ -96,7 +102,7 @@ class Wandb:
     def finish(self, exit_code: int) -> None:
         if self._cancel is not None:
             self._cancel.end()
-            if self._cancel.asked:
+            if self._cancel.asked and exit_code == 0:  # else the next start obeys the tag
                 self._run.tags = self._cancel.tags
         self._run.finish(exit_code=exit_code)
 
@@ -121,7 +127,7 @@ class Cancel(threading.Thread):
 
         run: Any = wandb.Api(timeout=20).run(self.path)
         if CANCEL in run.tags:
-            self.tags = tuple(CANCELLED if tag == CANCEL else tag for tag in run.tags)
+            self.tags = tuple(dict.fromkeys(CANCELLED if tag == CANCEL else tag for tag in run.tags))
             self.asked = True
 
     def end(self) -> None:

@@ -80,7 +80,7 @@ def test_two_ranks_measure_what_one_does(train, spawn, compare, tmp_path: Path) 
 @pytest.mark.parametrize("layout", ["tp", "cp"])
 def test_parts_of_matrices_are_measured_too(spawn, compare, tmp_path: Path, layout: str) -> None:
     """Tensor and context parallelism on two ranks: the run's numbers are those without probes, and all is measured."""
-    words = (f"parallel={layout}", f"parallel.{layout}=2", "model.vocab_multiple=64", "train.steps=4",
+    words = (f"parallel={layout}", f"parallel.{layout}=2", "model.vocab_multiple=64", "train.steps=2",
              "train.eval_every=0")  # fmt: skip
     finish(spawn(tmp_path / "plain", *words, ranks=2))
     finish(spawn(tmp_path / "probed", *words, "probe.every=2", ranks=2))

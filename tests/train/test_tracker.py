@@ -59,6 +59,7 @@ def test_offline_writes_the_record_and_resumes_the_same_run(train, read, tmp_pat
     """Every number of metrics.jsonl is in the offline files, under one run id after a restart; no secret is."""
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("MY_TOKEN", SECRET)
+    monkeypatch.setenv("SLURM_JOB_COMMENT", SECRET)  # W&B would note it, with command line, host and packages
     offline = ("monitor.wandb=offline", "monitor.checkpoints=true", "schedule=constant", "train.eval_every=0")
     assert train(tmp_path, *offline, "train.steps=4") == 0
     assert train(tmp_path, *offline, "train.steps=6") == 0
@@ -80,6 +81,7 @@ def test_offline_writes_the_record_and_resumes_the_same_run(train, read, tmp_pat
 
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+    assert not list(tmp_path.rglob("requirements.txt"))
 
 
 def numbers(history: Any) -> list[dict[str, Any]]:
@@ -187,7 +189,7 @@ def test_a_failing_tracker_is_told_once_and_does_not_stop_training(
     assert len(read(tmp_path / "a")) == 8
 
     class Broken:
-        id = "one"
+        id, tags = "one", ()
 
         def define_metric(self, *_: Any, **__: Any) -> None: ...
 

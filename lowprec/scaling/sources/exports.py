@@ -287,7 +287,8 @@ def _read_facts(raw: pd.DataFrame, source: str) -> tuple[list[Row], list[Dropped
             others.append(i)
             continue
         logged = {n: v for n, v in record.items() if not (n.startswith("config.") or is_missing(v))}
-        measured = {plain(ungrouped(n)): v for n, v in logged.items()}
+        grouped_last = sorted(logged.items(), key=lambda kv: "/" in kv[0])  # a run resumed by a newer version has both
+        measured = {plain(ungrouped(n)): v for n, v in grouped_last}
         name = _name(record, source, i)
         try:
             row = row_of(facts, _ending(measured))

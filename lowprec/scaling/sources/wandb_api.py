@@ -30,7 +30,7 @@ T = TypeVar("T")
 TRIES, FIRST_WAIT_S, PER_PAGE, TIMEOUT_S = 6, 2.0, 50, 60
 CURVE_SAMPLES = 10_000
 # W&B returns records that hold all the keys asked for; the second names are those of older versions of lowprec
-CURVES = ((("train/lr", "train/loss"), ("val/val_loss",)), (("lr", "loss"), ("val_loss",)))
+CURVES = (("lr", "loss"), ("val_loss",), ("train/lr", "train/loss"), ("val/val_loss",))  # older names first
 
 
 def fetch(url: str, cache: Path | None = None, progress: Progress | None = None) -> Path | list[dict[str, Any]]:
@@ -105,14 +105,11 @@ def fetch_curve(ref: str) -> list[dict[str, Any]]:
     api = _login(project)
     run = patiently(project, lambda: api.run(f"{project}/{run_id}"))
     records: dict[float, dict[str, Any]] = {}
-    for groups in CURVES:
-        for keys in groups:
-            history = partial(run.history, samples=CURVE_SAMPLES, keys=["step", *keys], pandas=False)
-            for record in patiently(project, history):
-                named = {ungrouped(key): value for key, value in record.items()}
-                records.setdefault(record["step"], {}).update(named)
-        if records:
-            break
+    for keys in CURVES:
+        history = partial(run.history, samples=CURVE_SAMPLES, keys=["step", *keys], pandas=False)
+        for record in patiently(project, history):
+            named = {ungrouped(key): value for key, value in record.items()}
+            records.setdefault(record["step"], {}).update(named)
     return [records[step] for step in sorted(records)]
 
 
