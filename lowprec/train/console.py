@@ -54,7 +54,8 @@ class Narrator:
         line.append(f"  eta {_clock(left_s)}")
         for key, label in (("val_loss", "val"), ("val_loss_high_precision", "val (high precision)")):
             if key in record:
-                line.append(f"  {label} {record[key]:.4f}", style="green")
+                value = math.nan if record[key] is None else record[key]
+                line.append(f"  {label} {value:.4f}", style="green")
         if "osc_ratio" in record:
             line.append(f"  put to rest {record['osc_ratio']:.2%} of weights")
         self.console.print(line, soft_wrap=True)

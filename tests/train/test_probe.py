@@ -14,7 +14,7 @@ from lowprec.linear import Plan, Rule, load_precision
 from lowprec.train import DIVERGED
 from lowprec.train.controller import Controller
 from lowprec.train.motion import quality
-from tests.train.test_ranks import finish
+from tests.layouts import train_on
 
 PARTS = [f"attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 LAYERS = [f"layers.{i}.{part}" for i in (0, 1) for part in PARTS]
@@ -61,29 +61,30 @@ def test_a_run_with_probes_is_the_same_run(train, read, compare, tmp_path: Path)
     assert record["probe_sqnr_db"] == pytest.approx(sum(ratios) / len(ratios))
 
 
-def test_two_ranks_measure_what_one_does(train, spawn, compare, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_two_ranks_measure_what_one_does(compare, tmp_path: Path) -> None:
     """FSDP2 on two ranks, blocks recomputed: the same measures; with weights gathered as codes, those of wgrad."""
-    more = ("probe.every=4", "parallel=fsdp_recompute")
-    assert train(tmp_path / "one", *more) == 0
-    finish(spawn(tmp_path / "two", *more, ranks=2))
+    more = ("probe.every=4", "parallel=fsdp_recompute", "train.global_batch=4")
+    for ranks, name in ((1, "one"), (2, "two")):
+        train_on(ranks, tmp_path, *more, f"run.dir={name}")
     assert compare(tmp_path / "two") == compare(tmp_path / "one")
     for a, b in zip(probes(tmp_path / "one"), probes(tmp_path / "two"), strict=True):
         for name in LAYERS:
             left, right = a["layers"][name], b["layers"][name]
             left.pop("weight"), right.pop("weight")  # of the first 64 rows that the first rank holds: others on two
             assert left == right
-    finish(spawn(tmp_path / "codes", *more, "comm=nvfp4_fp8", ranks=2))
+    train_on(2, tmp_path, *more, "comm=nvfp4_fp8", "run.dir=codes")
     for line in probes(tmp_path / "codes"):
         assert all(set(line["layers"][name]["gemms"]) == {"wgrad"} for name in LAYERS)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("layout", ["tp", "cp"])
-def test_parts_of_matrices_are_measured_too(spawn, compare, tmp_path: Path, layout: str) -> None:
+def test_parts_of_matrices_are_measured_too(compare, tmp_path: Path, layout: str) -> None:
     """Tensor and context parallelism on two ranks: the run's numbers are those without probes, and all is measured."""
-    words = (f"parallel={layout}", f"parallel.{layout}=2", "model.vocab_multiple=64", "train.steps=2",
-             "train.eval_every=0")  # fmt: skip
-    finish(spawn(tmp_path / "plain", *words, ranks=2))
-    finish(spawn(tmp_path / "probed", *words, "probe.every=2", ranks=2))
+    words = (f"parallel={layout}", f"parallel.{layout}=2", "model.vocab_multiple=64", "train.eval_every=0")
+    train_on(2, tmp_path, *words, "run.dir=plain")
+    train_on(2, tmp_path, *words, "probe.every=2", "run.dir=probed")
     assert compare(tmp_path / "probed") == compare(tmp_path / "plain")
     for line in probes(tmp_path / "probed"):
         assert list(line["layers"]) == LAYERS
