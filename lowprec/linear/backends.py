@@ -1,6 +1,6 @@
 """Backends: who computes a product, and why not the others.
 
-Nine answers exist. Under ``backend: auto`` those that serve the tensors' device are asked in this order:
+Eight answers exist. Under ``backend: auto`` those that serve the tensors' device are asked in this order:
 
 ``native``        both operands unquantised: one ``a @ b.T`` in the tensors' dtype, what ``nn.Linear`` does.
 ``scaled_mm``     CUDA: Triton quantises, ``torch.nn.functional.scaled_mm`` (cuBLASLt) multiplies; within its bound.

@@ -40,7 +40,8 @@ COLUMNS = (
 
 
 class Sink(Protocol):
-    """What a view of a run can be told. Any of these may raise: the sink is then dropped and training goes on."""
+    """What a view of a run can be told. Any of these may raise: the sink is then dropped and training goes on (of
+    `probe` and `saved` that part alone)."""
 
     name: str
 

@@ -1,6 +1,7 @@
 """The tracker: tells every sink of a run (see :mod:`lowprec.train.sinks`) what happens, and survives all of them.
 
-A sink that fails is dropped, which is said once, and training goes on: the record is metrics.jsonl.
+A sink that fails is dropped, which is said once, and training goes on: the record is metrics.jsonl. Where only a
+probe's table or a checkpoint fails, that part alone is given up.
 """
 
 from collections.abc import Callable
